@@ -1,0 +1,76 @@
+"""What all tests share: seeds, threads, the `gpu` marker, and a network small enough to run in a millisecond."""
+
+from __future__ import annotations
+
+import os
+import random
+
+import hypothesis
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dgate_rt.gate import Gate
+
+CLASSES = 5
+
+hypothesis.settings.register_profile("dgate", deadline=None, derandomize=True)  # slow machines are no failure
+hypothesis.settings.load_profile("dgate")
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # the workers are the parallelism
+    torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if marked and not torch.cuda.is_available():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+@pytest.fixture(autouse=True)
+def _same_start():
+    """Each test starts from the same seeds and hands back the thread count that it found."""
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002 - libraries read the global generator
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    yield
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
+
+
+def conv_block(channels_in: int, channels: int, stride: int = 1) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(channels_in, channels, 3, stride, padding=1, bias=False), nn.BatchNorm2d(channels), nn.ReLU()
+    )
+
+
+@pytest.fixture
+def tiny_staged():
+    """Three gates over 8, 16 and 24 channels, then the classifier; input [N, 3, 16, 16], 5 classes, eval mode."""
+    from dgate_rt.staged import StagedModel
+
+    head = nn.Sequential(conv_block(24, 24), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(24, CLASSES))
+    model = StagedModel(stages=[conv_block(3, 8), conv_block(8, 16, 2), conv_block(16, 24, 2), head])
+    for norm in (module for module in model.modules() if isinstance(module, nn.BatchNorm2d)):
+        nn.init.uniform_(norm.running_mean, -0.2, 0.2)
+        nn.init.uniform_(norm.running_var, 0.5, 1.5)
+    return model.eval()
+
+
+@pytest.fixture
+def tiny_gates() -> nn.ModuleList:
+    """Random gates that fit `tiny_staged`; over `tiny_images` their margins differ from sample to sample."""
+    gates = nn.ModuleList(Gate(width, CLASSES) for width in (8, 16, 24))
+    for gate in gates:
+        nn.init.normal_(gate.weight)
+        nn.init.normal_(gate.bias, std=0.1)
+    return gates
+
+
+@pytest.fixture
+def tiny_images() -> Tensor:  # [31, 3, 16, 16] float32
+    """An odd number of images, each of its own brightness."""
+    return torch.randn(31, 3, 16, 16) * torch.linspace(0.2, 2.0, 31)[:, None, None, None]
