@@ -1,0 +1,123 @@
+"""When a sample may leave: the margin of a decision gate.
+
+A gate is one linear layer over pooled features (Shafiee et al. 2019, section 2.2). Its outputs are signed distances
+to the one-vs-all hyperplanes; the largest is the margin. Pooling, margin, label and the exit rule are each written
+once, here; every kernel is held to them through `reference.py`.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+
+import torch
+from torch import Tensor, nn
+
+
+class Pool(str, Enum):
+    """How a gate turns a stage's features into one vector a sample."""
+
+    AVG = "avg"
+    """Mean over space ``[N, C, H, W]`` or tokens ``[N, T, C]``; width C."""
+    CLS = "cls"
+    """The first token of ``[N, T, C]``; width C."""
+    FLAT = "flat"
+    """Every value, in ``flatten(1)`` order; width the product of the sample's shape."""
+
+
+def pool_features(
+    features: Tensor,  # [N, C, H, W], [N, T, C] or [N, C]
+    pool: Pool | str = Pool.AVG,
+) -> Tensor:  # [N, width] float32
+    """Pool each sample's features to one float32 vector; the mean is taken in float32 whatever the dtype.
+
+    Raises:
+        ValueError: if ``features`` has a rank that ``pool`` does not take.
+    """
+    pool = Pool(pool)
+    ranks = {Pool.AVG: (2, 3, 4), Pool.CLS: (3,), Pool.FLAT: (2, 3, 4)}[pool]
+    if features.ndim not in ranks:
+        wanted, got = " or ".join(map(str, ranks)), tuple(features.shape)
+        raise ValueError(f"features: pool={pool.value!r} expects rank {wanted}, got shape {got}")
+    if pool is Pool.FLAT or features.ndim == 2:
+        return features.flatten(1).float()
+    if pool is Pool.CLS:
+        return features[:, 0].float()
+    dims = (2, 3) if features.ndim == 4 else (1,)
+    return features.float().mean(dims)
+
+
+def pooled_width(sample_shape: tuple[int, ...], pool: Pool | str) -> int:
+    """The width of `pool_features` for features of shape ``[N, *sample_shape]``."""
+    return pool_features(torch.empty((1, *sample_shape), device="meta"), pool).shape[1]
+
+
+def margin_and_label(
+    distances: Tensor,  # [N, K] float32
+) -> tuple[Tensor, Tensor]:  # margin [N] float32, label [N] int64
+    """``margin = max_k distances``, ``label`` its argmax.
+
+    Ties go to the lowest class. A row with a NaN has a NaN margin, and the lowest class that is NaN for its label.
+    """
+    margin = distances.amax(1)  # propagates NaN
+    attains = (distances == margin[:, None]) | distances.isnan()
+    return margin, attains.to(torch.uint8).argmax(1)
+
+
+def leaves(
+    margin: Tensor,  # [N] float32
+    threshold: Tensor | float,  # scalar
+) -> Tensor:  # [N] bool
+    """The exit rule (Algorithm 1, line 4): ``margin >= threshold`` and the margin is finite.
+
+    A NaN or infinite margin never exits: it comes from a broken sample, which the whole network shall see.
+    ``threshold = +inf`` therefore switches a gate off.
+    """
+    return (margin >= threshold) & margin.isfinite()
+
+
+class Gate(nn.Module):
+    """A decision gate: ``distances = weight @ pool(features) + bias`` in float32.
+
+    The paper writes ``w^T x - b``; here the bias has the opposite sign, as in `torch.nn.Linear`.
+
+    Args:
+        width: length of the pooled feature vector, C.
+        classes: number of classes, K; at least one.
+        pool: see `Pool`.
+    """
+
+    weight: nn.Parameter  # [K, C] float32
+    bias: nn.Parameter  # [K] float32
+
+    def __init__(self, width: int, classes: int, pool: Pool | str = Pool.AVG) -> None:
+        super().__init__()
+        if width < 1 or classes < 1:
+            raise ValueError(f"width and classes must be at least 1, got width={width}, classes={classes}")
+        self.pool = Pool(pool)
+        self.weight = nn.Parameter(torch.zeros(classes, width))
+        self.bias = nn.Parameter(torch.zeros(classes))
+
+    @property
+    def classes(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def width(self) -> int:
+        return self.weight.shape[1]
+
+    def forward(self, features: Tensor) -> Tensor:  # [N, K] float32
+        """Signed distances to the one-vs-all hyperplanes; differentiable in weight and bias."""
+        pooled = pool_features(features, self.pool)
+        if pooled.shape[1] != self.width:
+            got = f"{pooled.shape[1]} from shape {tuple(features.shape)}"
+            raise ValueError(f"features: expected pooled width {self.width}, got {got}")
+        return nn.functional.linear(pooled, self.weight.float(), self.bias.float())
+
+    def score(self, features: Tensor) -> tuple[Tensor, Tensor]:  # margin [N] float32, label [N] int64
+        """Margin and label of every sample, through the fused operator (`ops.gate_score`)."""
+        from dgate_rt import ops
+
+        return ops.gate_score(features, self.weight.detach(), self.bias.detach(), self.pool)
+
+    def extra_repr(self) -> str:
+        return f"width={self.width}, classes={self.classes}, pool={self.pool.value!r}"

@@ -1,0 +1,95 @@
+"""The oracle: every operator in plain PyTorch float32, slow and obvious.
+
+Kernels are tested against this file, and where the extension is not built this file runs instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dgate_rt.gate import Gate, leaves, margin_and_label, pool_features
+from dgate_rt.staged import StagedModel, as_tuple
+
+
+def gate_distances(
+    features: Tensor,  # [N, C, H, W], [N, T, C] or [N, C]
+    weight: Tensor,  # [K, C] float32
+    bias: Tensor,  # [K] float32
+    pool: str = "avg",
+    count: Tensor | None = None,  # [] int32
+) -> tuple[Tensor, Tensor, Tensor]:  # margin [N] float32, label [N] int64, distances [N, K] float32
+    """``distances = pool(features) @ weight.T + bias``; margin and label from them. Rows from ``count`` on are zero."""
+    n = features.shape[0] if count is None else int(count)
+    distances = features.new_zeros((features.shape[0], weight.shape[0]), dtype=torch.float32)
+    margin = features.new_zeros(features.shape[0], dtype=torch.float32)
+    label = features.new_zeros(features.shape[0], dtype=torch.int64)
+    distances[:n] = pool_features(features[:n], pool) @ weight.float().T + bias.float()
+    margin[:n], label[:n] = margin_and_label(distances[:n])
+    return margin, label, distances
+
+
+def gate_score(
+    features: Tensor, weight: Tensor, bias: Tensor, pool: str = "avg", count: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`gate_distances` without the distances."""
+    margin, label, _ = gate_distances(features, weight, bias, pool, count)
+    return margin, label
+
+
+def route_(
+    src: Sequence[Tensor],  # each [N, ...]
+    ids: Tensor,  # [N] int64
+    margin: Tensor,  # [N] float32
+    label: Tensor,  # [N] int64
+    count: Tensor | None,  # [] int32
+    thresholds: Tensor,  # [G] float32
+    gate: int,
+    dest: Sequence[Tensor],  # each [capacity, ...]
+    dest_ids: Tensor,  # [capacity] int64
+    dest_count: Tensor,  # [] int32
+    out_labels: Tensor,  # [M] int64
+    out_scores: Tensor,  # [M] float32
+    out_exits: Tensor,  # [M] int64
+    append: bool = False,
+) -> None:
+    """Let go those whose margin reaches the threshold; pack the others, in order, into ``dest``."""
+    n = ids.shape[0] if count is None else int(count)
+    start = int(dest_count) if append else 0
+    leave = leaves(margin[:n], thresholds[gate])
+    stay = ~leave
+    survivors = int(stay.sum())
+    capacity = dest_ids.shape[0]
+    if start + survivors > capacity:
+        raise ValueError(f"dest: {start} rows wait and {survivors} survive, more than its capacity of {capacity}")
+    gone = ids[:n][leave]
+    out_labels[gone] = label[:n][leave]
+    out_scores[gone] = margin[:n][leave]
+    out_exits[gone] = gate
+    for source, target in zip(src, dest, strict=True):
+        target[start : start + survivors] = source[:n][stay]
+    dest_ids[start : start + survivors] = ids[:n][stay]
+    dest_count.fill_(start + survivors)
+
+
+def predict(
+    staged: StagedModel,
+    gates: Sequence[Gate],
+    thresholds: Sequence[float],
+    x: Tensor,  # [N, ...]
+) -> tuple[Tensor, Tensor, Tensor]:  # labels [N] int64, scores [N] float32, exits [N] int64
+    """Dense execution with post-hoc gating: what every executor must answer.
+
+    Every stage and every gate runs on every sample; each sample then takes its first exit.
+    """
+    *inner, logits = staged.boundaries(x)
+    scores, labels = margin_and_label(as_tuple(logits)[0].float())
+    exits = torch.full_like(labels, len(gates))
+    for g in reversed(range(len(gates))):
+        margin, label = margin_and_label(gates[g](staged.gate_features(g, inner[g])))
+        leave = leaves(margin, thresholds[g])
+        scores, labels = torch.where(leave, margin, scores), torch.where(leave, label, labels)
+        exits = torch.where(leave, g, exits)
+    return labels, scores, exits
