@@ -1,0 +1,96 @@
+"""From validation data to thresholds: the cheapest operating point of a wanted accuracy, or the reverse."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from dgate_rt.cost import CostKind, measure_costs
+from dgate_rt.features import frozen
+from dgate_rt.frontier import search_frontier
+from dgate_rt.gate import Gate
+from dgate_rt.program import GateProgram
+from dgate_rt.staged import StagedModel
+from dgate_rt.trace import collect_trace
+
+
+def calibrate(
+    staged: StagedModel,
+    gates: Iterable[nn.Module],
+    loader: Iterable[tuple[Any, Any]],
+    *,
+    max_accuracy_drop: float | None = None,
+    min_accuracy: float | None = None,
+    max_cost: float | None = None,
+    cost: CostKind = "flops",
+    device: torch.device | str = "cpu",
+    progress: bool = True,
+) -> GateProgram:
+    """Choose every gate's threshold on validation data.
+
+    Margins are collected once. Thresholds are then selected gate after gate as in the paper (section 3.1, training
+    setup), and improved by a joint search over all exact candidates, so the result is never dearer than the paper's.
+    The cost of the gates themselves counts. The program carries the whole accuracy/cost frontier.
+
+    Args:
+        staged: the network, cut.
+        gates: of `Gate`, one a cut.
+        loader: batches ``(x, y)`` of validation data, ``x`` [N, ...], ``y`` [N] integers.
+        max_accuracy_drop: how much accuracy may be lost against the whole network on this data, as a share of the
+            samples (0.01 is one point); 0 if no target is given.
+        min_accuracy: the accuracy to keep, in [0, 1].
+        max_cost: the mean cost a sample to stay within, FLOPs or milliseconds as ``cost`` says.
+        cost: ``"flops"`` counts, ``"time"`` measures stages and gates here, at the loader's batch size.
+        device: where ``staged`` and ``gates`` are.
+        progress: show a progress bar.
+
+    Raises:
+        TypeError: if ``gates`` holds anything but gates.
+        ValueError: on more than one target, another number of gates than cuts, no data, or labels outside ``[0, K)``.
+        UnreachableTargetError: when no thresholds reach the target; the message says what is reachable.
+    """
+    targets = {"max_accuracy_drop": max_accuracy_drop, "min_accuracy": min_accuracy, "max_cost": max_cost}
+    given = [name for name, value in targets.items() if value is not None]
+    if len(given) > 1:
+        raise ValueError(f"calibrate: expected one of {', '.join(targets)}, got {' and '.join(given)}")
+    for name in given:
+        if not targets[name] >= 0:  # type: ignore[operator]  # given means not None; NaN fails too
+            raise ValueError(f"{name}: expected a number of at least 0, got {targets[name]}")
+
+    checked = _check_gates(staged, gates)
+    with frozen(staged):
+        trace, example = collect_trace(staged, checked, loader, device=device, progress=progress)
+        costs = measure_costs(staged, checked, example, cost)
+
+    if max_cost is not None:
+        frontier = search_frontier(trace, costs)
+        point = frontier.most_accurate(max_cost)
+    else:
+        wanted = min_accuracy if min_accuracy is not None else trace.network_accuracy - (max_accuracy_drop or 0.0)
+        frontier = search_frontier(trace, costs, min_accuracy=wanted)
+        point = frontier.cheapest(wanted)
+    return GateProgram(
+        staged=staged,
+        gates=checked,
+        thresholds=point.thresholds,
+        point=point,
+        frontier=frontier,
+        costs=costs,
+        network_accuracy=trace.network_accuracy,
+        input_shape=tuple(example.shape[1:]),
+        input_dtype=example.dtype,
+    )
+
+
+def _check_gates(staged: StagedModel, gates: Iterable[nn.Module]) -> tuple[Gate, ...]:
+    checked: list[Gate] = []
+    for gate in gates:
+        if not isinstance(gate, Gate):
+            raise TypeError(f"gates: expected Gate modules, got {type(gate).__name__}")
+        checked.append(gate)
+    if len(checked) != staged.gate_count:
+        raise ValueError(f"gates: expected {staged.gate_count}, one a cut, got {len(checked)}")
+    return tuple(checked)

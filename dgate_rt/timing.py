@@ -1,0 +1,65 @@
+"""Times that can be compared: jobs run in turn in one process, medians with their spread."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds of one job over several rounds."""
+
+    median: float
+    p20: float
+    p80: float
+
+
+def interleaved(
+    jobs: Sequence[Callable[[], object]], repeats: int = 5, on_round: Callable[[], object] | None = None
+) -> list[Timing]:
+    """Run all jobs in turn, ``repeats`` rounds after one warm-up, so that a slow spell of the machine meets all alike.
+
+    On CUDA each job is timed to its end on the device. ``on_round`` is called after every round.
+    """
+    samples = np.empty((repeats, len(jobs)))
+    for round_index in range(-1, repeats):
+        for job_index, job in enumerate(jobs):
+            start = time.perf_counter()
+            job()
+            if torch.cuda.is_initialized():
+                torch.cuda.synchronize()
+            if round_index >= 0:
+                samples[round_index, job_index] = 1e3 * (time.perf_counter() - start)
+        if on_round is not None:
+            on_round()
+    p20, median, p80 = np.percentile(samples, [20, 50, 80], axis=0)
+    return [Timing(*map(float, row)) for row in zip(median, p20, p80, strict=True)]
+
+
+def machine_header() -> dict[str, Any]:
+    """What a measurement must say about where it was made."""
+    return {
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "system": platform.system(),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

@@ -1,0 +1,133 @@
+"""calibrate(): targets met on real validation margins, costs that count, clear errors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import dgate_rt as dg
+from dgate_rt.cost import gate_flops, measure_costs
+from dgate_rt.trace import collect_trace
+
+
+@pytest.fixture(scope="module")
+def digits():
+    """Scikit-learn's digits through a small network trained on them: staged, gates, validation loader."""
+    from sklearn.datasets import load_digits
+
+    images, labels = load_digits(return_X_y=True)
+    x = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) / 16
+    y = torch.tensor(labels)
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Sequential(nn.Conv2d(1, 16, 3, padding=1), nn.ReLU()),
+        nn.Sequential(nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.ReLU()),
+        nn.Sequential(nn.Conv2d(32, 64, 3, stride=2, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(256, 10)),
+    )
+    optimiser = torch.optim.Adam(model.parameters(), 1e-2)
+    for _ in range(10):
+        for index in torch.randperm(1200).split(100):
+            optimiser.zero_grad()
+            nn.functional.cross_entropy(model(x[index]), y[index]).backward()
+            optimiser.step()
+    staged = dg.split(model.eval(), ["0", "1"], example=x[:2])
+    gates = dg.fit(staged, [(x[:1200], y[:1200])], epochs=5, progress=False)
+    return staged, gates, DataLoader(TensorDataset(x[1200:], y[1200:]), 128)
+
+
+def test_targets_are_met(digits):
+    staged, gates, loader = digits
+    no_drop = dg.calibrate(staged, gates, loader, progress=False)
+    assert no_drop.point.accuracy >= no_drop.network_accuracy
+    cheaper = dg.calibrate(staged, gates, loader, max_accuracy_drop=0.02, progress=False)
+    assert cheaper.point.accuracy >= cheaper.network_accuracy - 0.02
+    assert cheaper.point.cost < no_drop.point.cost < no_drop.costs.dense
+    absolute = dg.calibrate(staged, gates, loader, min_accuracy=0.9, progress=False)
+    assert absolute.point.accuracy >= 0.9
+    limit = 0.8 * no_drop.costs.dense
+    within = dg.calibrate(staged, gates, loader, max_cost=limit, progress=False)
+    assert within.point.cost <= limit
+    assert no_drop.at(max_cost=limit).point.cost <= limit
+
+
+def test_the_runtime_reproduces_the_calibrated_point(digits):
+    staged, gates, loader = digits
+    program = dg.calibrate(staged, gates, loader, max_accuracy_drop=0.01, progress=False)
+    x = torch.cat([x for x, _ in loader])
+    y = torch.cat([y for _, y in loader])
+    out = dg.compile(program, batch_size=200)(x)
+    assert (out.labels == y).double().mean() == pytest.approx(program.point.accuracy)
+    shares = out.exits.bincount(minlength=3) / len(x)
+    torch.testing.assert_close(
+        shares.double(), torch.tensor(program.point.shares, dtype=torch.float64), atol=1e-6, rtol=0
+    )
+    moved = dg.compile(program.at(min_accuracy=0.9))(x)
+    assert (moved.labels == y).double().mean() >= 0.9
+
+
+def test_costs_count_stages_and_gates(digits):
+    staged, gates, loader = digits
+    costs = measure_costs(staged, gates, next(iter(loader))[0])
+    assert costs.stages == (2 * 9 * 16 * 64, 2 * 9 * 16 * 32 * 16, 2 * 9 * 32 * 64 * 4 + 2 * 256 * 10)
+    assert costs.gates == (gate_flops(gates[0], (16, 8, 8)), gate_flops(gates[1], (32, 4, 4)))
+    assert costs.gates[0] == 16 * 64 + 2 * 10 * 16
+    times = measure_costs(staged, gates, next(iter(loader))[0], "time")
+    assert times.unit == "ms"
+    assert all(t > 0 for t in (*times.stages, *times.gates))
+
+
+def test_time_is_a_cost_too(digits):
+    staged, gates, loader = digits
+    program = dg.calibrate(staged, gates, loader, max_accuracy_drop=0.05, cost="time", progress=False)
+    assert program.costs.unit == "ms"
+    assert program.point.accuracy >= program.network_accuracy - 0.05
+
+
+def test_non_finite_images_never_leave(digits):
+    staged, gates, loader = digits
+    x, y = next(iter(loader))
+    x[3] = float("nan")
+    trace, _ = collect_trace(staged, gates, [(x, y)], progress=False)
+    assert (trace.margins[:, 3] == -float("inf")).all()
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        ({"min_accuracy": 0.5, "max_cost": 1.0}, "expected one of .* got min_accuracy and max_cost"),
+        ({"max_accuracy_drop": -0.1}, "max_accuracy_drop: expected a number of at least 0, got -0.1"),
+        ({"max_cost": float("nan")}, "max_cost: expected a number of at least 0, got nan"),
+        ({"cost": "joules"}, "cost: expected 'flops' or 'time', got 'joules'"),
+        ({"min_accuracy": 1.01}, "the best reachable on this data"),
+        ({"max_cost": 1.0}, "the cheapest reachable on this data"),
+    ],
+    ids=["two targets", "negative", "nan", "cost", "accuracy", "reach"],
+)
+def test_bad_targets_are_refused(digits, targets, message):
+    staged, gates, loader = digits
+    with pytest.raises(ValueError, match=message):
+        dg.calibrate(staged, gates, loader, progress=False, **targets)
+
+
+@pytest.mark.parametrize(
+    ("batches", "message"),
+    [
+        ([], "loader: expected at least one batch"),
+        ([(torch.zeros(2, 1, 8, 8), torch.tensor([0, 10]))], r"expected labels in \[0, 10\), got values from 0 to 10"),
+        ([(torch.zeros(2, 1, 8, 8), torch.tensor([0.0, 1.0]))], "expected integer labels"),
+        ([(torch.zeros(2, 1, 8, 8), torch.tensor([0]))], r"expected integer labels of shape \[2\]"),
+    ],
+    ids=["empty", "range", "float", "length"],
+)
+def test_bad_data_is_refused(digits, batches, message):
+    staged, gates, _ = digits
+    with pytest.raises(ValueError, match=message):
+        dg.calibrate(staged, gates, batches, progress=False)
+
+
+def test_one_gate_a_cut(digits):
+    staged, gates, loader = digits
+    with pytest.raises(ValueError, match="gates: expected 2, one a cut, got 1"):
+        dg.calibrate(staged, gates[:1], loader, progress=False)

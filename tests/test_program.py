@@ -1,0 +1,125 @@
+"""A program on disk: whole, unpickled, and only for its own backbone."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from programs import all_margins, make_program, random_gates, thresholds_for
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import dgate_rt as dg
+
+
+class Net(nn.Module):
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.stem, self.block = nn.Conv2d(1, 4, 3), nn.Conv2d(4, 6, 3)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.head(self.block(self.stem(x).relu()).relu().mean((2, 3)))
+
+
+@pytest.fixture
+def program():
+    x = torch.randn(20, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    staged = dg.split(Net().eval(), ["stem", "block"], example=x[:2])
+    gates = random_gates(staged, x, classes=3)
+    return make_program(staged, gates, (*thresholds_for(all_margins(staged, gates, x), 0.5)[:1], float("inf")), x)
+
+
+@pytest.fixture
+def path(program, tmp_path):
+    program.save(tmp_path / "program.safetensors")
+    return tmp_path / "program.safetensors"
+
+
+def edit(path, **changes):
+    """Rewrite the file's metadata; a value of None deletes the key."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        metadata = {**file.metadata(), **changes}
+    save_file(load_file(path), path, {k: v for k, v in metadata.items() if v is not None})
+
+
+def test_what_is_loaded_is_what_was_saved(program, path):
+    loaded = dg.load(path, Net().eval())
+    assert loaded.thresholds == program.thresholds
+    assert loaded.point == program.point
+    assert loaded.frontier == program.frontier
+    assert loaded.costs == program.costs
+    assert (loaded.input_shape, loaded.input_dtype) == (program.input_shape, program.input_dtype)
+    x = torch.randn(50, 1, 8, 8)
+    before, after = dg.compile(program)(x), dg.compile(loaded)(x)
+    assert torch.equal(before.scores, after.scores)
+    assert torch.equal(before.exits, after.exits)
+
+
+def test_a_staged_model_may_be_given_instead(program, path):
+    assert dg.load(path, program.staged).staged is program.staged
+
+
+def test_saving_leaves_no_partial_file(path):
+    assert [p.name for p in path.parent.iterdir()] == ["program.safetensors"]
+
+
+def test_another_backbone_is_refused(path):
+    with pytest.raises(dg.ProgramError, match=r"backbone: expected fingerprint sha256:\w+, got sha256:"):
+        dg.load(path, Net(seed=1).eval())
+
+
+def test_a_missing_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        dg.load(tmp_path / "nothing.safetensors", Net().eval())
+
+
+@pytest.mark.parametrize("keep", [0, 5, 100, -10], ids=["empty", "header length", "header", "data"])
+def test_a_truncated_file(path, keep):
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(dg.ProgramError, match="damaged or foreign"):
+        dg.load(path, Net().eval())
+
+
+def test_a_foreign_safetensors_file(path):
+    save_file({"weight": torch.zeros(2)}, path)
+    with pytest.raises(dg.ProgramError, match=r"expected format 'dgate_rt\.program', got None"):
+        dg.load(path, Net().eval())
+
+
+def test_another_schema_version(path):
+    edit(path, schema="99")
+    with pytest.raises(dg.ProgramError, match="expected schema 1, got 99"):
+        dg.load(path, Net().eval())
+
+
+@pytest.mark.parametrize("damage", ["{", None, json.dumps({"cuts": ["stem", "block"]})], ids=["json", "none", "keys"])
+def test_a_damaged_header(path, damage):
+    edit(path, program=damage)
+    with pytest.raises(dg.ProgramError):
+        dg.load(path, Net().eval())
+
+
+def test_gates_of_the_wrong_shape(path):
+    tensors = load_file(path)
+    tensors["gates.0.bias"] = torch.zeros(7)
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    save_file(tensors, path, metadata)
+    with pytest.raises(
+        dg.ProgramError, match=r"gate 0: expected weight \[K, C\] and bias \[K\], got \[3, 4\] and \[7\]"
+    ):
+        dg.load(path, Net().eval())
+
+
+def test_at_takes_exactly_one_target(program):
+    with pytest.raises(ValueError, match="expected one of max_accuracy_drop, min_accuracy, max_cost, got none"):
+        program.at()
+    with pytest.raises(ValueError, match="got min_accuracy and max_cost"):
+        program.at(min_accuracy=0.5, max_cost=1.0)
