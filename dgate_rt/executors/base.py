@@ -1,0 +1,75 @@
+"""What an executor is given and what it must do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from dgate_rt.gate import Gate
+from dgate_rt.staged import StagedModel
+
+
+@dataclass
+class Predictions:
+    """Answers for one call, in input order, on the runtime's device."""
+
+    labels: Tensor  # [N] int64
+    scores: Tensor  # [N] float32; the margin of the gate that answered, or the network's largest logit
+    exits: Tensor  # [N] int64; index of the gate that answered, or G for the network's own classifier
+    distances: Tensor | None = None  # [N, K] float32 with scores=True: all distances (or logits) behind the score
+
+    @classmethod
+    def empty(cls, count: int, classes: int | None, device: torch.device) -> Predictions:
+        """Unwritten predictions for ``count`` samples; ``classes`` asks for the distances too."""
+        return cls(
+            torch.empty(count, dtype=torch.int64, device=device),
+            torch.empty(count, dtype=torch.float32, device=device),
+            torch.empty(count, dtype=torch.int64, device=device),
+            None if classes is None else torch.empty(count, classes, dtype=torch.float32, device=device),
+        )
+
+    def rows(self, start: int, stop: int) -> Predictions:
+        """A view of some rows; what is written to it is written here."""
+        distances = None if self.distances is None else self.distances[start:stop]
+        return Predictions(self.labels[start:stop], self.scores[start:stop], self.exits[start:stop], distances)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+class GatedModel:
+    """A staged network with its gates and thresholds on one device: what every executor runs."""
+
+    def __init__(self, staged: StagedModel, gates: Sequence[Gate], thresholds: tuple[float, ...]) -> None:
+        self.staged = staged
+        self.gates = tuple(gates)
+        self.thresholds = torch.empty(len(gates), dtype=torch.float32, device=_device_of(staged))
+        self.set_thresholds(thresholds)
+
+    def set_thresholds(self, thresholds: tuple[float, ...]) -> None:
+        """Move the operating point; the tensor executors read is written in place."""
+        self.thresholds.copy_(torch.tensor(thresholds, dtype=torch.float32))
+        self.active = tuple(t != float("inf") for t in thresholds)
+
+
+class Executor(Protocol):
+    """Runs one batch of at most ``batch_size`` rows."""
+
+    name: str
+
+    def __init__(self, model: GatedModel) -> None: ...
+
+    def run(
+        self,
+        x: Tensor,  # [N, ...], N >= 1
+        out: Predictions,  # of N rows; every row must be written
+    ) -> None:
+        """Answer every row of ``x`` into ``out``."""
+
+
+def _device_of(module: nn.Module) -> torch.device:
+    return next((p.device for p in module.parameters()), torch.device("cpu"))

@@ -1,0 +1,81 @@
+"""Exact sub-batches, launched by the host, which waits for the survivor count after each gate.
+
+Runs everywhere. Features are read once by the fused score; nothing is copied at a gate where nobody leaves, and
+survivors are packed into memory of exactly their size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dgate_rt import ops
+from dgate_rt.executors.base import GatedModel, Predictions
+from dgate_rt.gate import leaves, margin_and_label
+from dgate_rt.staged import as_tuple
+
+
+class EagerExecutor:
+    """Gate after gate on the host: score, count, route the survivors, run the next stage on them."""
+
+    name = "eager"
+
+    def __init__(self, model: GatedModel) -> None:
+        self.model = model
+
+    def run(self, x: Tensor, out: Predictions) -> None:
+        model = self.model
+        ids = torch.arange(len(x), device=x.device)
+        boundary: Tensor | tuple[Tensor, ...] = x
+        del x  # the batch may be freed once the first stage has read it
+        for g, gate in enumerate(model.gates):
+            boundary = model.staged.run_stage(g, boundary)
+            if not model.active[g]:
+                continue
+            features = model.staged.gate_features(g, boundary)
+            if out.distances is None:
+                margin, label = ops.gate_score(features, gate.weight, gate.bias, gate.pool)
+            else:
+                margin, label, distances = ops.gate_distances(features, gate.weight, gate.bias, gate.pool)
+                out.distances.index_copy_(0, ids, distances)  # a later exit overwrites its rows
+            del features
+            survivors = len(ids) - int(leaves(margin, model.thresholds[g]).sum())
+            if survivors == len(ids):
+                continue
+            src = [_row_dense(t) for t in as_tuple(boundary)]
+            dest = [_empty_rows(t, survivors) for t in src]
+            dest_ids, dest_count = ids.new_empty(survivors), torch.zeros((), dtype=torch.int32, device=ids.device)
+            ops.route_(
+                src, ids, margin, label, None, model.thresholds, g,
+                dest, dest_ids, dest_count, out.labels, out.scores, out.exits,
+            )  # fmt: skip
+            if survivors == 0:
+                return
+            boundary, ids = (dest[0] if isinstance(boundary, Tensor) else tuple(dest)), dest_ids
+            del src, dest
+        logits = as_tuple(model.staged.run_stage(len(model.gates), boundary))[0].float()
+        out.scores[ids], out.labels[ids] = margin_and_label(logits)
+        out.exits[ids] = len(model.gates)
+        if out.distances is not None:
+            out.distances.index_copy_(0, ids, logits)
+
+
+def _row_dense(t: Tensor) -> Tensor:
+    """``t`` itself where each row is one dense block of memory, in any order of dimensions; else a copy."""
+    return t if len(t) == 0 or _is_dense(t[0]) else t.contiguous()
+
+
+def _is_dense(row: Tensor) -> bool:
+    """Whether the values of ``row`` fill one block of memory without gaps or overlap, in any order of dimensions."""
+    expected = 1
+    for stride, size in sorted((s, n) for s, n in zip(row.stride(), row.shape, strict=True) if n > 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def _empty_rows(t: Tensor, count: int) -> Tensor:
+    """Unwritten memory for ``count`` rows laid out as those of ``t``."""
+    row = t[0].numel()
+    return torch.empty_strided((count, *t.shape[1:]), (row, *t.stride()[1:]), dtype=t.dtype, device=t.device)
