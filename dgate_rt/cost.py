@@ -77,7 +77,7 @@ def measure_costs(
     if len(example) == 0:
         raise ValueError(f"example: expected at least one row, got shape {tuple(example.shape)}")
     with torch.no_grad():
-        boundaries = list(staged.boundaries(example))
+        boundaries = list(staged.boundaries(example))  # a later stage may have worked in place; costs do not mind
         features = [staged.gate_features(g, boundaries[g]) for g in range(len(gates))]
         if kind == "flops":
             per_gate = [gate_flops(gate, f.shape[1:]) for gate, f in zip(gates, features, strict=True)]

@@ -84,12 +84,15 @@ def predict(
 
     Every stage and every gate runs on every sample; each sample then takes its first exit.
     """
-    *inner, logits = staged.boundaries(x)
-    scores, labels = margin_and_label(as_tuple(logits)[0].float())
-    exits = torch.full_like(labels, len(gates))
-    for g in reversed(range(len(gates))):
-        margin, label = margin_and_label(gates[g](staged.gate_features(g, inner[g])))
-        leave = leaves(margin, thresholds[g])
-        scores, labels = torch.where(leave, margin, scores), torch.where(leave, label, labels)
-        exits = torch.where(leave, g, exits)
+    exits = torch.full((len(x),), len(gates), device=x.device)
+    scores, labels = torch.empty(len(x), device=x.device), torch.empty_like(exits)
+    for g, boundary in enumerate(staged.boundaries(x)):  # scored one by one: the next stage may work in place
+        if g < len(gates):
+            margin, label = margin_and_label(gates[g](staged.gate_features(g, boundary)))
+            here = leaves(margin, thresholds[g]) & (exits == len(gates))
+            exits[here] = g
+        else:
+            margin, label = margin_and_label(as_tuple(boundary)[0].float())
+            here = exits == len(gates)
+        scores[here], labels[here] = margin[here], label[here]
     return labels, scores, exits

@@ -90,6 +90,11 @@ class StagedModel(nn.Module):
         features = as_tuple(boundary)[0]
         return features.permute(0, 3, 1, 2) if self.nhwc[index] else features
 
+    def features(self, x: Tensor) -> Iterator[Tensor]:
+        """What each gate reads, in turn; use each before taking the next."""
+        for index, boundary in zip(range(self.gate_count), self.boundaries(x), strict=False):
+            yield self.gate_features(index, boundary)
+
     def fingerprint(self) -> str:
         """SHA-256 over name, dtype, shape and bytes of every parameter and buffer, in stage order."""
         digest = hashlib.sha256()

@@ -83,19 +83,21 @@ def collect_trace(
     example: torch.Tensor | None = None
     with torch.inference_mode():
         for x, y in track(loader, "margins on validation data", enabled=progress):
-            batch_margins, batch_labels = [], []
             batch = torch.as_tensor(x, device=device)
             example = batch if example is None else example
-            *inner, last = staged.boundaries(batch)
-            logits = as_tuple(last)[0]
-            for g, boundary in enumerate(inner):
-                margin, label = gates[g].score(staged.gate_features(g, boundary))
-                batch_margins.append(margin)
-                batch_labels.append(label)
+            batch_margins, batch_labels = [batch.new_empty((0, len(batch)), dtype=torch.float32)], []
+            for g, boundary in enumerate(
+                staged.boundaries(batch)
+            ):  # scored one by one: the next stage may work in place
+                if g < len(gates):
+                    margin, label = gates[g].score(staged.gate_features(g, boundary))
+                    batch_margins.append(margin[None])
+                    batch_labels.append(label)
+            logits = as_tuple(boundary)[0]
             _, label = margin_and_label(logits.float())
             target = torch.as_tensor(y).cpu()
             _check_targets(target, len(logits), logits.shape[1])
-            margins.append(torch.stack(batch_margins).cpu() if inner else torch.empty(0, len(logits)))
+            margins.append(torch.cat(batch_margins).cpu())
             predictions.append(torch.stack([*batch_labels, label]).cpu())
             targets.append(target)
     if example is None:

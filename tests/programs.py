@@ -28,10 +28,8 @@ def make_program(staged: StagedModel, gates: nn.ModuleList, thresholds: Sequence
 @torch.inference_mode()
 def random_gates(staged: StagedModel, x: Tensor, classes: int, pool: str = "avg") -> nn.ModuleList:
     """Gates with random weights, of the widths that ``staged`` needs, with distances of order one on ``x``."""
-    *inner, _ = staged.boundaries(x)
     gates = nn.ModuleList()
-    for g, boundary in enumerate(inner):
-        features = staged.gate_features(g, boundary)
+    for features in staged.features(x):
         gate = Gate(pooled_width(tuple(features.shape[1:]), pool), classes, pool)
         nn.init.normal_(gate.weight)
         gate.weight.data /= gate(features).std().clamp_min(1e-12)
@@ -42,10 +40,7 @@ def random_gates(staged: StagedModel, x: Tensor, classes: int, pool: str = "avg"
 @torch.inference_mode()
 def all_margins(staged: StagedModel, gates: nn.ModuleList, x: Tensor) -> Tensor:  # [G, N]
     """Every gate's margin on every sample."""
-    *inner, _ = staged.boundaries(x)
-    return torch.stack(
-        [gate(staged.gate_features(g, b)).amax(1) for g, (gate, b) in enumerate(zip(gates, inner, strict=True))]
-    )
+    return torch.stack([gate(f).amax(1) for gate, f in zip(gates, staged.features(x), strict=True)])
 
 
 def thresholds_for(margins: Tensor, share: float) -> tuple[float, ...]:

@@ -1,0 +1,153 @@
+"""Gated against dense execution at the exit mixes of the paper's Table 1, and with no exit at all.
+
+For every batch size, in one process and in turn: the dense network, the gated runtime, the masked loop that a user
+would write, and earlyon. Two ratios say how much of the possible saving was realised:
+
+    realisation      = (1 - t_gated / t_dense) / (1 - F_gated / F_dense)         the paper's own is 0.99
+    time realisation = (t_dense - t_gated) / (t_dense - t_ideal)
+
+where ``t_ideal`` sums, over the stages, the share of samples that reach a stage times that stage's dense time.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dgate_rt import compile
+from dgate_rt.bench.peers import EarlyonBatched, MaskedLoop
+from dgate_rt.bench.workload import NO_EXIT, PAPER_MIXES, Mix, Workload, resnet101_workload
+from dgate_rt.runtime import Runtime
+from dgate_rt.staged import StagedModel
+from dgate_rt.timing import Timing, interleaved
+
+BATCH_SIZES = (1, 8, 32, 64, 128)
+MIXES = (*PAPER_MIXES, NO_EXIT)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One engine at one batch size and exit mix. Times are milliseconds a sample."""
+
+    batch_size: int
+    mix: Mix  # shares of (gate 1, gate 2, gate 3, end)
+    engine: str
+    executor: str | None  # of dgate_rt; None for peers
+    gflops: float | None  # mean a sample, gates included; None where the peer does not follow the mix
+    ms: Timing
+    speed_up: float  # dense / this
+    realisation: float | None  # None where nobody leaves
+    time_realisation: float | None
+
+    def as_json(self) -> dict[str, object]:
+        return asdict(self)
+
+
+def run(
+    batch_sizes: Sequence[int] = BATCH_SIZES,
+    mixes: Sequence[Mix] = MIXES,
+    repeats: int = 5,
+    on_round: Callable[[], object] | None = None,
+) -> Iterator[Row]:
+    """Measure and yield rows, dense first, batch size after batch size.
+
+    Raises:
+        RuntimeError: before any timing, if gated answers differ from dense execution with post-hoc gating.
+    """
+    workload = resnet101_workload(max(64, *batch_sizes))
+    for batch_size in batch_sizes:
+        yield from _rows(workload, batch_size, mixes, repeats, on_round)
+
+
+def _rows(
+    workload: Workload,
+    batch_size: int,
+    mixes: Sequence[Mix],
+    repeats: int,
+    on_round: Callable[[], object] | None,
+) -> Iterator[Row]:
+    batches = workload.images[: max(64, batch_size)].split(batch_size)
+    count = sum(map(len, batches))
+    workload = workload.first(count)
+    dense = compile(workload.program, batch_size=batch_size, executor="dense")
+    engines: list[tuple[Mix, str, str | None, Callable[[Tensor], object]]] = [((), "dense", "dense", dense)]
+    thresholds = {mix: workload.thresholds(mix) for mix in mixes}
+    for mix in mixes:
+        program = workload.at(thresholds[mix])
+        gated = compile(program, batch_size=batch_size, executor="eager")
+        refuse_wrong_answers(workload, gated, batches)
+        engines.append((mix, "dgate_rt", gated.executor, gated))
+        masked = MaskedLoop(program)
+        engines.append((mix, MaskedLoop.name, None, masked))
+    engines.append((mixes[0], EarlyonBatched.name, None, EarlyonBatched(workload, mixes[0])))
+
+    clock = _StageClock(masked.staged, batches)
+    jobs = [_over(batches, engine) for *_, engine in engines]
+    timings = interleaved([*jobs, clock], repeats, on_round)
+    dense_ms, stage_share, costs = timings[0].median, clock.shares(), workload.program.costs
+    for (mix, name, executor, _), timing in zip(engines, timings, strict=False):
+        ms = Timing(timing.median / count, timing.p20 / count, timing.p80 / count)
+        speed_up = dense_ms / timing.median
+        if name == "dense":
+            yield Row(batch_size, NO_EXIT, name, executor, costs.dense / 1e9, ms, speed_up, None, None)
+            continue
+        if name == EarlyonBatched.name:  # a batch exits as one, so neither FLOPs nor ideal are those of the mix
+            yield Row(batch_size, mix, name, executor, None, ms, speed_up, None, None)
+            continue
+        shares = workload.shares(thresholds[mix])
+        reach = 1 - np.concatenate([[0.0], np.cumsum(shares[:-1])])
+        flops = float(reach @ np.array(costs.stages) + reach[:-1] @ np.array(costs.gates))
+        realisation = time_realisation = None
+        if mix != NO_EXIT:
+            ideal_ms = dense_ms * float(reach @ stage_share)
+            realisation = (1 - timing.median / dense_ms) / (1 - flops / costs.dense)
+            time_realisation = (dense_ms - timing.median) / (dense_ms - ideal_ms)
+        yield Row(batch_size, mix, name, executor, flops / 1e9, ms, speed_up, realisation, time_realisation)
+
+
+def refuse_wrong_answers(workload: Workload, gated: Runtime, batches: Sequence[Tensor]) -> None:
+    """Raise unless the runtime sends every sample to the exit that dense execution with post-hoc gating gives."""
+    exits = torch.cat([gated(batch).exits for batch in batches])
+    wanted = torch.full_like(exits, len(gated.thresholds))
+    for g in reversed(range(len(gated.thresholds))):
+        wanted[workload.margins[g] >= gated.thresholds[g]] = g
+    wrong = int((exits != wanted).sum())
+    if wrong:
+        raise RuntimeError(f"will not time wrong answers: {wrong} of {len(exits)} samples left at another exit")
+
+
+class _StageClock:
+    """A dense pass that notes the time of each stage, round after round."""
+
+    def __init__(self, staged: StagedModel, batches: Sequence[Tensor]) -> None:
+        self.staged = staged
+        self.batches = [batch.contiguous(memory_format=torch.channels_last) for batch in batches]
+        self.rounds: list[np.ndarray] = []
+
+    @torch.inference_mode()
+    def __call__(self) -> None:
+        spent = np.zeros(len(self.staged.stages))
+        for boundary in self.batches:
+            for index in range(len(spent)):
+                start = time.perf_counter()
+                boundary = self.staged.run_stage(index, boundary)
+                spent[index] += time.perf_counter() - start
+        self.rounds.append(spent)
+
+    def shares(self) -> np.ndarray:
+        """Each stage's share of the dense time; the first round was warm-up."""
+        spent = np.median(np.array(self.rounds[1:]), axis=0)
+        return spent / spent.sum()
+
+
+def _over(batches: Sequence[Tensor], engine: Callable[[Tensor], object]) -> Callable[[], None]:
+    def job() -> None:
+        for batch in batches:
+            engine(batch)
+
+    return job

@@ -1,0 +1,249 @@
+"""CIFAR forms of torchvision's ResNet and DenseNet families, at any width, and their files.
+
+The CIFAR form has a 3x3 stem of stride 1 and no max-pool, so a 32x32 image keeps its size up to the second block (the
+networks of the paper's Tables 1 and 2). Submodules are named as torchvision names them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.models import DenseNet
+from torchvision.models.resnet import BasicBlock, Bottleneck
+
+_CHANNEL_MULTIPLE = 8
+_FORMAT = "dgate_rt.backbone"
+_VERSION = "1"
+
+
+def _scaled(channels: int, width: float) -> int:
+    """``channels * width`` to the nearest multiple of 8, at least 8; the full width is exact."""
+    if width == 1:
+        return channels
+    return max(_CHANNEL_MULTIPLE, int(channels * width / _CHANNEL_MULTIPLE + 0.5) * _CHANNEL_MULTIPLE)
+
+
+class CifarResNet(nn.Module):
+    """A ResNet (He et al. 2016) of torchvision's blocks behind a 3x3 stem.
+
+    Args:
+        block: `BasicBlock` (two 3x3 layers) or `Bottleneck` (1x1, 3x3, 1x1).
+        depths: number of blocks in layer1 to layer4.
+        num_classes: see `build`.
+        width: see `build`.
+        in_channels: see `build`.
+    """
+
+    layer1: nn.Sequential
+    layer2: nn.Sequential
+    layer3: nn.Sequential
+    layer4: nn.Sequential
+
+    def __init__(
+        self,
+        block: type[BasicBlock | Bottleneck],
+        depths: tuple[int, int, int, int],
+        *,
+        num_classes: int,
+        width: float,
+        in_channels: int,
+    ) -> None:
+        super().__init__()
+        channels = base = _scaled(64, width)
+        self.conv1 = nn.Conv2d(in_channels, base, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(base)
+        self.relu = nn.ReLU(inplace=True)
+        for index, depth in enumerate(depths):
+            planes, blocks = base << index, []
+            for number in range(depth):
+                stride = 2 if index and not number else 1
+                shortcut = None
+                if stride > 1 or channels != planes * block.expansion:
+                    shortcut = nn.Sequential(
+                        nn.Conv2d(channels, planes * block.expansion, 1, stride, bias=False),
+                        nn.BatchNorm2d(planes * block.expansion),
+                    )
+                blocks.append(block(channels, planes, stride, shortcut))
+                channels = planes * block.expansion
+            self.add_module(f"layer{index + 1}", nn.Sequential(*blocks))
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(channels, num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x: Tensor) -> Tensor:  # [N, in_channels, H, W] -> [N, num_classes]
+        x = self.relu(self.bn1(self.conv1(x)))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return self.fc(self.avgpool(x).flatten(1))
+
+
+def _densenet(
+    growth: int,
+    depths: tuple[int, int, int, int],
+    stem: int,
+    *,
+    num_classes: int,
+    width: float,
+    in_channels: int,
+) -> nn.Module:
+    """torchvision's DenseNet (Huang et al. 2017) with its stem replaced by a 3x3 layer of stride 1."""
+    stem = _scaled(stem, width)
+    model = DenseNet(_scaled(growth, width), depths, stem, num_classes=num_classes)
+    model.features.conv0 = nn.Conv2d(in_channels, stem, 3, padding=1, bias=False)
+    nn.init.kaiming_normal_(model.features.conv0.weight)
+    del model.features.pool0
+    return model
+
+
+_BUILDERS: dict[str, Callable[..., nn.Module]] = {
+    "resnet18": partial(CifarResNet, BasicBlock, (2, 2, 2, 2)),
+    "resnet26": partial(CifarResNet, BasicBlock, (3, 3, 3, 3)),
+    "resnet34": partial(CifarResNet, BasicBlock, (3, 4, 6, 3)),
+    "resnet50": partial(CifarResNet, Bottleneck, (3, 4, 6, 3)),
+    "resnet101": partial(CifarResNet, Bottleneck, (3, 4, 23, 3)),
+    "resnet152": partial(CifarResNet, Bottleneck, (3, 8, 36, 3)),
+    "densenet121": partial(_densenet, 32, (6, 12, 24, 16), 64),
+    "densenet161": partial(_densenet, 48, (6, 12, 36, 24), 96),
+    "densenet169": partial(_densenet, 32, (6, 12, 32, 32), 64),
+    "densenet201": partial(_densenet, 32, (6, 12, 48, 32), 64),
+}
+
+
+def names() -> list[str]:
+    """The names that `build` takes."""
+    return list(_BUILDERS)
+
+
+def _check_name(name: str) -> None:
+    if name not in _BUILDERS:
+        near = difflib.get_close_matches(name, _BUILDERS, n=3) or names()
+        raise ValueError(f"name: no backbone {name!r}; near names: {', '.join(near)}")
+
+
+def build(name: str, *, num_classes: int = 10, width: float = 1.0, in_channels: int = 3) -> nn.Module:
+    """A freshly initialised backbone in its CIFAR form.
+
+    Args:
+        name: one of `names`. ``resnet26`` has three basic blocks a layer, for small machines.
+        num_classes: outputs of the classifier, K.
+        width: factor on every channel count; the counts are rounded to multiples of 8, at least 8.
+        in_channels: channels of the image.
+
+    Raises:
+        ValueError: if the name is unknown (near names are listed) or a number is not positive.
+    """
+    _check_name(name)
+    if num_classes < 1 or in_channels < 1 or not width > 0:
+        raise ValueError(
+            "num_classes, in_channels and width must be positive, "
+            f"got num_classes={num_classes}, in_channels={in_channels}, width={width}"
+        )
+    return _BUILDERS[name](num_classes=num_classes, width=width, in_channels=in_channels)
+
+
+def default_cuts(name: str) -> tuple[str, ...]:
+    """Where the paper puts its gates: after each main block but the last."""
+    _check_name(name)
+    if name.startswith("resnet"):
+        return ("layer1", "layer2", "layer3")
+    return ("features.denseblock1", "features.denseblock2", "features.denseblock3")
+
+
+def flops_table(image_size: int = 32, num_classes: int = 10) -> dict[str, float]:
+    """GFLOPs a sample of every backbone at full width, 2 FLOPs a multiply-add (paper, Tables 1 and 2)."""
+    table = {}
+    for name in names():
+        with torch.device("meta"):
+            model, example = build(name, num_classes=num_classes).eval(), torch.empty(1, 3, image_size, image_size)
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model(example)
+        table[name] = counter.get_total_flops() / 1e9
+    return table
+
+
+@dataclass(frozen=True)
+class BackboneMeta:
+    """What a backbone file says of its network."""
+
+    name: str
+    width: float = 1.0
+    num_classes: int = 10
+    in_channels: int = 3
+    image_size: int = 32
+    dataset: str = ""
+    accuracy: float | None = None  # on the test split
+
+    def build(self) -> nn.Module:
+        """The network, freshly initialised."""
+        return build(self.name, num_classes=self.num_classes, width=self.width, in_channels=self.in_channels)
+
+
+def save_backbone(path: str | Path, model: nn.Module, meta: BackboneMeta) -> None:
+    """Write parameters and buffers, with ``meta`` as JSON, to one safetensors file; an existing file is replaced whole.
+
+    Raises:
+        ValueError: if ``model`` is not the network that ``meta`` describes.
+    """
+    state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    with torch.device("meta"):
+        _check_state(state, meta.build().state_dict(), "model")
+    partial_path = Path(f"{path}.{os.getpid()}.partial")
+    try:
+        save_file(state, partial_path, {"format": _FORMAT, "version": _VERSION, "meta": json.dumps(asdict(meta))})
+        partial_path.replace(path)
+    finally:
+        partial_path.unlink(missing_ok=True)
+
+
+def load_backbone(path: str | Path) -> tuple[nn.Module, BackboneMeta]:
+    """Read a file of `save_backbone`; the network comes in eval mode. Nothing is unpickled.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is damaged, foreign, of another version, or its tensors do not fit its network.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"path: no file {path}")
+    try:
+        with safe_open(path, "pt") as file:
+            header = file.metadata() or {}
+            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a mapping)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"path: {path} is not a whole safetensors file: {error}") from error
+    if header.get("format") != _FORMAT or header.get("version") != _VERSION:
+        raise ValueError(
+            f"path: {path}: expected format {_FORMAT!r} version {_VERSION!r}, "
+            f"got {header.get('format')!r} version {header.get('version')!r}"
+        )
+    try:
+        meta = BackboneMeta(**json.loads(header["meta"]))
+        model = meta.build()
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"path: {path} holds no usable description of a backbone: {error}") from error
+    _check_state(state, model.state_dict(), f"path: {path}")
+    model.load_state_dict(state)
+    return model.eval(), meta
+
+
+def _check_state(state: dict[str, Tensor], expected: dict[str, Tensor], what: str) -> None:
+    for key in [*expected, *(state.keys() - expected.keys())]:
+        have, want = (None if t is None else (tuple(t.shape), t.dtype) for t in (state.get(key), expected.get(key)))
+        if have != want:
+            raise ValueError(f"{what}: tensor {key!r}: expected {want}, got {have}")
+
+
+if __name__ == "__main__":
+    for backbone, gflops in flops_table().items():
+        print(f"{backbone:12} {gflops:7.3f}")

@@ -1,0 +1,8 @@
+"""The command line, ``dgate``."""
+
+# The help page lists commands in the order in which they are defined.
+# isort: off
+from dgate_rt.cli.app import app
+from dgate_rt.cli import demo, pipeline, use, measure
+
+__all__ = ["app", "demo", "measure", "pipeline", "use"]

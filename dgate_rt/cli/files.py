@@ -1,0 +1,142 @@
+"""The files that pass between commands: a network with where it comes from, and gates or programs for it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from dgate_rt import backbones, data, program
+from dgate_rt.backbones import BackboneMeta
+from dgate_rt.cost import measure_costs
+from dgate_rt.data import DataBundle, Stats
+from dgate_rt.frontier import Frontier, OperatingPoint
+from dgate_rt.gate import Gate
+from dgate_rt.program import GateProgram
+from dgate_rt.staged import StagedModel
+
+_ORIGIN = "dgate_rt.origin"
+_FOLDER_ZOOM = 256 / 224  # torchvision's evaluation of ImageNet: a short side of 256, cut to 224
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What new images for a network must know about its training data."""
+
+    seed: int  # of the split
+    stats: Stats
+    classes: tuple[str, ...]
+
+    @classmethod
+    def of(cls, bundle: DataBundle, seed: int) -> Origin:
+        return cls(seed, bundle.stats, bundle.classes)
+
+
+@dataclass(frozen=True)
+class Network:
+    """A trained network from a file, in eval mode."""
+
+    path: Path
+    model: nn.Module
+    meta: BackboneMeta
+    origin: Origin
+
+    @property
+    def zoom(self) -> float:
+        """How much larger than the network's input an image is first made."""
+        return _FOLDER_ZOOM if self.meta.dataset == "folder" else 1.0
+
+
+def save_network(path: Path, model: nn.Module, meta: BackboneMeta, origin: Origin) -> None:
+    """Write a backbone file (`backbones.load_backbone` reads it) that also holds its origin."""
+    partial = path.with_name(f"{path.name}.partial")
+    backbones.save_backbone(partial, model, meta)
+    with safe_open(partial, "pt") as file:
+        header = {**file.metadata(), _ORIGIN: json.dumps(asdict(origin))}
+        state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # not a mapping
+    save_file(state, partial, header)
+    os.replace(partial, path)
+
+
+def open_network(path: Path, device: torch.device | str = "cpu") -> Network:
+    """Read a file of `save_network`, or of `backbones.save_backbone` if its data set comes with a package."""
+    model, meta = backbones.load_backbone(path)
+    with safe_open(path, "pt") as file:
+        text = (file.metadata() or {}).get(_ORIGIN)
+    if text is None:
+        origin = Origin.of(data.load(meta.dataset, image_size=meta.image_size), 0)
+    else:
+        held = json.loads(text)
+        mean, std = held["stats"]
+        origin = Origin(held["seed"], (tuple(mean), tuple(std)), tuple(held["classes"]))
+    return Network(path, model.to(device), meta, origin)
+
+
+def open_program(path: Path, network: Network) -> GateProgram:
+    """The gates or the program at ``path``, where the network that they were made for is."""
+    loaded = program.load(path, network.model)
+    device = next(network.model.parameters()).device
+    return replace(loaded, gates=tuple(gate.to(device) for gate in loaded.gates))
+
+
+def open_data(network: Network, name: str | None, root: Path | None, download: bool) -> DataBundle:
+    """The images that the network was trained on, split alike; or others that are normalised alike.
+
+    Raises:
+        ValueError: if the other images differ in shape, normalisation or number of classes.
+    """
+    meta, origin = network.meta, network.origin
+    bundle = data.load(name or meta.dataset, root=root, image_size=meta.image_size, seed=origin.seed, download=download)
+    expected = (meta.in_channels, meta.image_size, meta.image_size)
+    if bundle.image_shape != expected:
+        raise ValueError(f"data: expected images of shape {expected} for {network.path}, got {bundle.image_shape}")
+    if len(bundle.classes) != meta.num_classes:
+        raise ValueError(f"data: expected {meta.num_classes} classes for {network.path}, got {len(bundle.classes)}")
+    if bundle.stats != origin.stats:
+        raise ValueError(f"data: expected images normalised by {origin.stats}, got {bundle.stats} in {bundle.name!r}")
+    return bundle
+
+
+def gates_off(
+    staged: StagedModel,
+    gates: Iterable[Gate],
+    example: Tensor,  # [N, ...]
+) -> GateProgram:
+    """A program that is not calibrated: every gate is off, and the frontier is the dense network, accuracy unknown."""
+    gates = tuple(gates)
+    costs = measure_costs(staged, gates, example)
+    count, unknown = len(gates), float("nan")
+    point = OperatingPoint((float("inf"),) * count, unknown, costs.dense, (0.0,) * count + (1.0,))
+    return GateProgram(
+        staged=staged,
+        gates=gates,
+        thresholds=point.thresholds,
+        point=point,
+        frontier=Frontier((point,)),
+        costs=costs,
+        network_accuracy=unknown,
+        input_shape=tuple(example.shape[1:]),
+        input_dtype=example.dtype,
+    )
+
+
+def device_of(name: str) -> torch.device:
+    """The device of an option.
+
+    Raises:
+        ValueError: if there is none of that name here.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device: expected cpu or cuda, got {name!r}") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device: {name} was asked for, but torch sees no CUDA device here; see dgate doctor")
+    return device

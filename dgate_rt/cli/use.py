@@ -1,0 +1,201 @@
+"""The commands that put a program to use: ``run`` and ``report``."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
+
+import typer
+
+from dgate_rt.cli.app import app, examples
+from dgate_rt.cli.console import emit_json, finite, print_table, say, whole_file
+from dgate_rt.cli.options import (
+    BatchSize,
+    DataName,
+    Device,
+    Download,
+    Json,
+    MaxDrop,
+    NetworkFile,
+    ProgramFile,
+    Root,
+    Workers,
+)
+
+if TYPE_CHECKING:
+    from dgate_rt.program import GateProgram
+
+_UNREADABLE = 1  # exit code
+
+
+@app.command(
+    epilog=examples(
+        "dgate run program.safetensors net.safetensors photos/ > answers.csv",
+        "dgate run program.safetensors net.safetensors images.npy -o answers.json",
+        "dgate run program.safetensors net.safetensors photos/ --max-drop 0.02 --json",
+    )
+)
+def run(
+    program: ProgramFile,
+    network: NetworkFile,
+    images: Annotated[
+        Path,
+        typer.Argument(
+            metavar="IMAGES",
+            help="A folder to search for image files, one such file, or .npy: uint8 pixels, or normalised floats.",
+        ),
+    ],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write here: JSON if it ends in .json, else CSV.")
+    ] = None,
+    max_drop: MaxDrop = None,
+    executor: Annotated[str, typer.Option("--executor", help="auto, eager or dense.")] = "auto",
+    batch_size: BatchSize = 256,
+    device: Device = "cpu",
+    json_: Json = False,
+) -> None:
+    """Answer every image: its label, the score behind it, and the exit that answered.
+
+    An exit is the number of a gate, or the count of gates for the network itself. --max-drop moves to another point of
+    the program's frontier. Images that cannot be read are named and skipped, and the exit code is then 1.
+    """
+    from dgate_rt.cli.files import device_of, open_network, open_program
+    from dgate_rt.images import ImageFolder, open_images
+    from dgate_rt.progress import track
+    from dgate_rt.runtime import compile
+
+    net, torch_device = open_network(network), device_of(device)
+    chosen = _at(open_program(program, net), max_drop, program)
+    source = open_images(images, chosen.input_shape, net.origin.stats, net.zoom)
+    runtime = compile(chosen, batch_size=batch_size, device=torch_device, executor=executor)
+    key, classes = "file" if isinstance(source, ImageFolder) else "index", net.origin.classes
+    as_json = json_ or (output is not None and output.suffix.lower() == ".json")
+    exits: Counter[int] = Counter()
+    unreadable: list[str] = []
+    with _rows(output, key, as_json) as write:
+        batches = source.batches(batch_size)
+        for batch in track(batches, "images", math.ceil(len(source) / batch_size)):
+            unreadable += batch.unreadable
+            answers = runtime(batch.images.to(torch_device, chosen.input_dtype))
+            columns = (answers.labels.tolist(), answers.scores.tolist(), answers.exits.tolist())
+            for name, label, score, exit_ in zip(batch.names, *columns, strict=True):
+                exits[exit_] += 1
+                write((name if key == "file" else int(name), label, classes[label], score, exit_))
+    for problem in unreadable:
+        say(f"skipped {problem}")
+    total = sum(exits.values())
+    shares = " / ".join(f"{exits[e] / max(total, 1):.1%}" for e in range(len(chosen.thresholds) + 1))
+    say(f"{total} images, executor {runtime.executor}; left at each exit: {shares}")
+    if output is not None:
+        say(f"wrote {output}")
+    if unreadable:
+        say(f"{len(unreadable)} of {len(source)} files could not be read")
+        raise typer.Exit(_UNREADABLE)
+
+
+@contextmanager
+def _rows(output: Path | None, key: str, as_json: bool) -> Iterator[Callable[[tuple[Any, ...]], None]]:
+    """A function that writes one answer, to ``output`` (whole or not at all) or to standard output."""
+    names = (key, "label", "class", "score", "exit")
+    if output is not None:
+        with whole_file(output) as file, _rows_into(file, names, as_json) as write:
+            yield write
+    else:
+        with _rows_into(sys.stdout, names, as_json) as write:
+            yield write
+
+
+@contextmanager
+def _rows_into(file: TextIO, names: tuple[str, ...], as_json: bool) -> Iterator[Callable[[tuple[Any, ...]], None]]:
+    if not as_json:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(names)
+        yield writer.writerow
+        return
+    separator = "[\n"
+
+    def write(row: tuple[Any, ...]) -> None:
+        nonlocal separator
+        file.write(separator + json.dumps(finite(dict(zip(names, row, strict=True)))))
+        separator = ",\n"
+
+    yield write
+    file.write("\n]\n" if separator == ",\n" else "[]\n")
+
+
+def _at(program: GateProgram, max_drop: float | None, path: Path) -> GateProgram:
+    """The program, or another point of its frontier."""
+    if max_drop is None:
+        return program
+    if math.isnan(program.network_accuracy):
+        raise ValueError(f"--max-drop: the gates in {path} are not calibrated; run dgate calibrate first")
+    return program.at(max_accuracy_drop=max_drop)
+
+
+@app.command(
+    epilog=examples(
+        "dgate report program.safetensors net.safetensors -o report.html",
+        "dgate report program.safetensors net.safetensors --max-drop 0 --max-drop 0.01 -o report.html",
+    )
+)
+def report(
+    program: ProgramFile,
+    network: NetworkFile,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Write the page here.")] = Path("report.html"),
+    data: DataName = None,
+    max_drop: Annotated[
+        list[float] | None,
+        typer.Option("--max-drop", min=0, help="Show the frontier's point of this drop; may be repeated."),
+    ] = None,
+    executor: Annotated[str, typer.Option("--executor", help="auto, eager or dense.")] = "auto",
+    batch_size: BatchSize = 256,
+    root: Root = None,
+    download: Download = False,
+    device: Device = "cpu",
+    workers: Workers = 0,
+    json_: Json = False,
+) -> None:
+    """Run dense and gated on the test split, and write one self-contained page about it."""
+    from dgate_rt.cli.files import device_of, open_data, open_network, open_program
+    from dgate_rt.cli.testing import measure, pictures
+    from dgate_rt.report import console_table, write_report
+    from dgate_rt.trace import collect_trace
+
+    torch_device = device_of(device)
+    net = open_network(network, torch_device)
+    found = open_program(program, net)
+    if max_drop:
+        programs = {f"at most {drop:.2%} lost": _at(found, drop, program) for drop in dict.fromkeys(max_drop)}
+    else:
+        programs = {"calibrated": found}
+    bundle = open_data(net, data, root, download)
+    loader = bundle.loader("test", batch_size, workers=workers)
+    rows = measure(programs, loader, batch_size=batch_size, device=torch_device, executor=executor)
+    trace, _ = collect_trace(found.staged, found.gates, loader, device=torch_device)
+    shown = pictures(bundle, loader)
+    notes = [f"{net.meta.name}, width {net.meta.width:g}; test split of {bundle.name}; batch size {batch_size}."]
+    if shown is None:
+        notes.append("The test split is too large to show examples of.")
+    write_report(
+        output,
+        title=f"Gates on {net.meta.name}, {bundle.name}",
+        programs=programs,
+        trace=trace,
+        images=shown,
+        classes=bundle.classes,
+        table=rows,
+        notes=notes,
+    )
+    say(f"wrote {output}")
+    if json_:
+        emit_json({"output": output, "rows": [asdict(row) for row in rows]})
+    else:
+        print_table(console_table(rows))

@@ -1,0 +1,231 @@
+"""The figures of a report: SVG to stand in a page, in the page's own font and colours, and images as data URIs.
+
+Text and axes are drawn in ``currentColor`` and everything else in mid tones on nothing, so that one figure reads on a
+light page and on a dark one.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dgate_rt.frontier import Frontier, OperatingPoint
+
+try:
+    import matplotlib as mpl
+    from matplotlib.axes import Axes
+    from matplotlib.colors import LinearSegmentedColormap, to_hex, to_rgb
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+    from PIL import Image
+except ImportError as error:
+    raise ImportError(
+        "a report is drawn by matplotlib, which is not installed: pip install 'dgate-rt[vision]'"
+    ) from error
+
+_INK, _FAINT = "#010203", "#030201"  # stand-ins, replaced in the SVG by what the page says
+_GATES = LinearSegmentedColormap.from_list("gates", ["#2bb58b", "#3a8fd6", "#8d63d2"])
+_NETWORK = "#de7c3c"
+_PROGRAMS = ("#d6456b", "#c99a1e", "#5aa02c", "#7f6ad0", "#2f9fb3", "#b0653a")
+_MARKERS = "os^Dvp"
+_LABELLED_CELLS = 40
+"""Up to this many classes the heat map names each and writes the counts into its cells."""
+_SPARSE_LABELS = 24
+_THUMBNAIL = 96
+_STYLE: Any = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "dgate_rt",
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+    "text.color": _INK,
+    "axes.labelcolor": _INK,
+    "axes.edgecolor": _FAINT,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": False,
+    "grid.color": _FAINT,
+    "grid.linewidth": 0.5,
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
+}
+
+
+def exit_colours(gates: int) -> list[str]:
+    """One colour an exit: green to violet for the gates, orange for the network's own classifier."""
+    return [to_hex(_GATES(g / max(gates - 1, 1))) for g in range(gates)] + [_NETWORK]
+
+
+def frontier_figure(
+    frontiers: Sequence[Frontier],
+    chosen: Mapping[str, OperatingPoint],  # on validation data
+    measured: Mapping[str, tuple[float, float]],  # cost and accuracy on test data
+    dense: tuple[float, float],  # the same, of the whole network
+    unit: str,
+    scale: float = 1.0,  # costs are divided by it
+) -> str:
+    """Accuracy over cost: the frontier, the points chosen on it, and what they gave on test data."""
+    with mpl.rc_context(_STYLE):
+        figure, axes = _axes(7.2, 4.0)
+        for index, frontier in enumerate(frontiers):
+            xs, ys = [p.cost / scale for p in frontier.points], [p.accuracy for p in frontier.points]
+            label = None if index else "frontier (validation)"
+            axes.step(xs, ys, where="post", color=_INK, alpha=0.55, zorder=2, label=label)
+        axes.axhline(dense[1], color=_NETWORK, linestyle="--", linewidth=1.2, zorder=1)
+        axes.plot(dense[0] / scale, dense[1], "X--", color=_NETWORK, markersize=9, label="dense network (test)")
+        for index, (name, point) in enumerate(chosen.items()):
+            at, marker = measured[name], _MARKERS[index % len(_MARKERS)]
+            look: Any = {"color": _PROGRAMS[index % len(_PROGRAMS)], "linestyle": "none", "markersize": 8}
+            hollow: Any = {"markerfacecolor": "none", "markeredgewidth": 1.8, "zorder": 3}
+            axes.plot(
+                point.cost / scale, point.accuracy, marker, **look, **hollow, label=f"{name}: chosen (validation)"
+            )
+            axes.plot(at[0] / scale, at[1], marker, **look, zorder=4, label=f"{name}: measured (test)")
+        known = [
+            a for a in (dense[1], *(p.accuracy for p in chosen.values()), *(a for _, a in measured.values())) if a == a
+        ]
+        best = max(known + [p.accuracy for f in frontiers for p in f.points])
+        floor = min(known) - max(0.05, 1.5 * (best - min(known)))
+        axes.set_ylim(max(0.0, floor), min(1.0, best + 0.02 * (best - floor)) + 0.002)
+        axes.set_xlim(0, 1.05 * dense[0] / scale)
+        axes.yaxis.set_major_formatter(_percent)
+        axes.set_xlabel(f"mean cost a sample ({unit})")
+        axes.set_ylabel("accuracy")
+        axes.grid(True, alpha=0.6)
+        axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), fontsize=8)
+        return _svg(figure, "frontier", "Accuracy over mean cost a sample")
+
+
+def exits_figure(shares: Mapping[str, Sequence[float]], exits: Sequence[str]) -> str:
+    """One bar a program: the share of the samples that each exit answered."""
+    with mpl.rc_context(_STYLE):
+        figure, axes = _axes(7.2, 0.75 + 0.42 * len(shares))
+        colours = exit_colours(len(exits) - 1)
+        for row, values in enumerate(shares.values()):
+            for value, start, colour in zip(values, np.cumsum([0, *values]), colours, strict=False):
+                axes.barh(row, value, left=start, height=0.62, color=colour)
+                if value >= 0.04:
+                    axes.text(
+                        start + value / 2, row, f"{value:.0%}", ha="center", va="center", color="white", fontsize=8.5
+                    )
+        axes.set_yticks(range(len(shares)), [_shortened(name) for name in shares])
+        axes.set_ylim(len(shares) - 0.5, -0.5)
+        axes.set_xlim(0, 1)
+        axes.xaxis.set_major_formatter(_percent)
+        axes.spines["left"].set_visible(False)
+        axes.tick_params(length=0)
+        patches = [Patch(color=colour, label=label) for colour, label in zip(colours, exits, strict=True)]
+        axes.legend(handles=patches, ncols=min(5, len(exits)), loc="lower left", bbox_to_anchor=(0, 1.0), fontsize=8.5,
+                    handlelength=1.0, borderaxespad=0.2)  # fmt: skip
+        return _svg(figure, "exits", "Share of the samples answered at each exit")
+
+
+def classes_figure(
+    counts: NDArray[np.int64],  # [K, G + 1]; samples of each class answered at each exit
+    classes: Sequence[str],
+    exits: Sequence[str],
+    name: str,
+) -> str:
+    """Class x exit, shaded by the share of the class: classes in their order, or if many by `earliest_first`."""
+    total = counts.sum(1, keepdims=True)
+    shares = np.divide(counts, total, out=np.zeros(counts.shape), where=total > 0)
+    colours = np.array([to_rgb(c) for c in exit_colours(len(exits) - 1)])
+    cells = np.dstack([np.broadcast_to(colours, (*counts.shape, 3)), 0.03 + 0.92 * shares])
+    with mpl.rc_context(_STYLE):
+        if len(classes) <= _LABELLED_CELLS:
+            figure, axes = _axes(1.2 + 0.8 * len(exits), 0.5 + 0.27 * len(classes))
+            _labelled_cells(axes, cells, counts, shares)
+            axes.set_yticks(np.arange(len(classes)) + 0.5, [_shortened(c) for c in classes])
+            axes.set_xticks(np.arange(len(exits)) + 0.5, [_shortened(e) for e in exits], fontsize=8)
+            axes.xaxis.tick_top()
+        else:
+            figure, axes = _axes(7.2, 0.9 + 0.26 * len(exits))
+            order = earliest_first(counts)
+            axes.imshow(cells[order].transpose(1, 0, 2), aspect="auto", interpolation="none")
+            ticks = np.linspace(0, len(order) - 1, min(_SPARSE_LABELS, len(order))).astype(int)
+            labels = [_shortened(classes[order[i]]) for i in ticks]
+            axes.set_xticks(ticks, labels, rotation=60, ha="right", rotation_mode="anchor", fontsize=7)
+            axes.set_yticks(range(len(exits)), [_shortened(e) for e in exits])
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+        return _svg(figure, f"classes-{name}", "Share of each class answered at each exit")
+
+
+def earliest_first(counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Classes by their mean exit; those without a sample last."""
+    mean = counts @ np.arange(counts.shape[1]) / np.maximum(counts.sum(1), 1)
+    return np.argsort(np.where(counts.sum(1) > 0, mean, np.inf), kind="stable")
+
+
+def thumbnails(
+    images: Tensor,  # [N, C, H, W]; uint8, or floats that are stretched channel by channel over the range they span
+) -> list[str]:
+    """Each image as a PNG data URI, at most 96 pixels a side; one channel is grey, three are RGB, else their mean."""
+    pixels = images.detach().cpu().float().nan_to_num(0.0, 0.0, 0.0)
+    if images.is_floating_point() and len(pixels):
+        low, high = pixels.amin((0, 2, 3), keepdim=True), pixels.amax((0, 2, 3), keepdim=True)
+        pixels = 255 * (pixels - low) / (high - low).clamp_min(1e-12)
+    if pixels.shape[1] not in (1, 3):
+        pixels = pixels.mean(1, keepdim=True)
+    rows = pixels.round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
+    return [_png(row.squeeze(2) if row.shape[2] == 1 else row) for row in rows]
+
+
+def _png(pixels: NDArray[np.uint8]) -> str:
+    image = Image.fromarray(pixels)
+    image.thumbnail((_THUMBNAIL, _THUMBNAIL))
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _labelled_cells(
+    axes: Axes, cells: NDArray[np.float64], counts: NDArray[np.int64], shares: NDArray[np.float64]
+) -> None:
+    axes.pcolormesh(cells, edgecolors="none")
+    axes.set_ylim(len(counts), 0)
+    for (row, column), count in np.ndenumerate(counts):
+        if count:
+            axes.text(
+                column + 0.5, row + 0.5, f"{count}  ({shares[row, column]:.0%})", ha="center", va="center", fontsize=7.5
+            )
+
+
+def _axes(width: float, height: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, height))
+    return figure, figure.add_subplot()
+
+
+def _percent(value: float, _: object = None) -> str:
+    return f"{100 * value:.3g}%"
+
+
+def _shortened(text: str, most: int = 22) -> str:
+    """Without `$`, which matplotlib reads as mathematics, and not longer than a label may be."""
+    return (text if len(text) <= most else text[: most - 1] + "…").replace("$", r"\$")
+
+
+def _svg(figure: Figure, salt: str, label: str) -> str:
+    """The figure as an <svg> element that scales with its column and refers to nothing outside the page."""
+    buffer = io.StringIO()
+    with mpl.rc_context({"svg.hashsalt": salt}):  # ids are page-wide: different figures must not share them
+        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(buffer, format="svg", transparent=True, bbox_inches="tight", pad_inches=0.04, metadata=nothing)
+    text = buffer.getvalue()
+    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+    head, body = text.split(">", 1)
+    width = float(re.search(r'width="([\d.]+)pt"', head)[1])  # type: ignore[index]  # matplotlib always writes it
+    box = re.search(r'viewBox="[^"]*"', head)[0]  # type: ignore[index]
+    used = set(re.findall(r"#(\w+)", body))
+    body = re.sub(r' id="([^"]*)"', lambda found: found[0] if found[1] in used else "", body)
+    body = re.sub(r"<style.*?</style>", "", body, flags=re.DOTALL)  # would hold for the whole page
+    body = body.replace(_INK, "currentColor").replace(_FAINT, "var(--faint)")
+    return f'<svg {box} style="width: {width * 1.4:.0f}px" role="img" aria-label="{label}">{body}'

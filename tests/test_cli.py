@@ -1,0 +1,375 @@
+"""The command line: every command from a shell's point of view, and the whole chain on a tiny network."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+import types
+from io import StringIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+import dgate_rt
+from dgate_rt import data
+from dgate_rt.cli import app
+
+COMMANDS = ["demo", "train", "fit", "calibrate", "run", "bench", "report", "doctor", "flops"]
+
+
+def dgate(*arguments: object, code: int = 0):
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    assert result.exit_code == code, (result.output, result.exception)
+    return result
+
+
+def refused(*arguments: object) -> str:
+    """The one line that a command prints before it leaves with exit code 2."""
+    result = dgate(*arguments, code=2)
+    assert result.stdout == ""
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    return result.stderr
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """The networks are too small to share out; on a busy machine the threads would wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> types.SimpleNamespace:
+    """What the chain makes of digits: the files, and what each command printed as JSON."""
+    folder = tmp_path_factory.mktemp("made")
+    net, gates, program = (folder / f"{name}.safetensors" for name in ("net", "gates", "program"))
+    network = ("--data", "digits", "--backbone", "resnet18", "--width", 0.125)
+    trained = dgate("train", *network, "--epochs", 6, "--lr", 0.1, "--no-augment", "-b", 32, "-o", net, "--json")
+    fitted = dgate("fit", net, "--at", "layer1, layer2", "--epochs", 2, "--polish", 20, "-o", gates, "--json")
+    chosen = dgate("calibrate", gates, net, "--max-drop", 0.02, "-o", program, "--json")
+    printed = {"train": trained, "fit": fitted, "calibrate": chosen}
+    return types.SimpleNamespace(folder=folder, net=net, gates=gates, program=program, printed=printed)
+
+
+@pytest.fixture(scope="module")
+def digits() -> torch.Tensor:
+    """The first test images, [40, 1, 8, 8] uint8."""
+    return data.load("digits").test.images[:40]
+
+
+@pytest.fixture(scope="module")
+def expected(made) -> list[tuple[int, int]]:
+    """Label and exit of each of `digits`, by the library."""
+    from dgate_rt.backbones import load_backbone
+
+    program = dgate_rt.load(made.program, load_backbone(made.net)[0])
+    x, _ = next(iter(data.load("digits").loader("test", 40)))
+    out = dgate_rt.compile(program)(x)
+    assert len(out.exits.unique()) == 3
+    return list(zip(out.labels.tolist(), out.exits.tolist(), strict=True))
+
+
+def answers(text: str) -> list[tuple[int, int]]:
+    return [(int(row["label"]), int(row["exit"])) for row in csv.DictReader(StringIO(text))]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_examples(command):
+    shown = dgate(command, "--help").stdout
+    assert "Examples" in shown
+    assert f"$ dgate {command}" in shown
+
+
+def test_help_lists_every_command():
+    shown = dgate("--help").stdout
+    assert all(command in shown for command in COMMANDS)
+
+
+def test_module_runs_as_a_command():
+    run = subprocess.run([sys.executable, "-m", "dgate_rt", "--version"], capture_output=True, text=True, check=True)
+    assert run.stdout == f"dgate {dgate_rt.__version__}\n"
+
+
+def test_command_line_itself_imports_no_torch():
+    """Only the package around it may; so help is as quick as ``import dgate_rt`` lets it be."""
+    code = (
+        "import sys, types; package = types.ModuleType('dgate_rt'); package.__path__ = [sys.argv[1]];"
+        "sys.modules['dgate_rt'] = package; import dgate_rt.cli; sys.exit('torch' in sys.modules)"
+    )
+    folder = str(Path(dgate_rt.__file__).parent)
+    assert subprocess.run([sys.executable, "-c", code, folder], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("command", ["train", "fit", "calibrate"])
+def test_json_is_all_of_standard_output(made, command):
+    result = json.loads(made.printed[command].stdout)
+    assert Path(result["output"]).is_file()
+
+
+def test_train_says_what_it_made(made):
+    result = json.loads(made.printed["train"].stdout)
+    assert (result["name"], result["in_channels"], result["image_size"]) == ("resnet18", 1, 8)
+    assert 0 <= result["accuracy"] <= 1
+    assert len(result["epochs"]) == 6
+
+
+def test_fitted_gates_are_off(made):
+    from dgate_rt.backbones import load_backbone
+
+    program = dgate_rt.load(made.gates, load_backbone(made.net)[0])
+    assert program.thresholds == (float("inf"),) * 2
+    assert program.staged.cuts == ("layer1", "layer2")
+    assert program.cost_reduction == 0
+
+
+def test_calibrated_point_keeps_to_its_target(made):
+    result = json.loads(made.printed["calibrate"].stdout)
+    assert result["point"]["accuracy"] >= result["network_accuracy"] - 0.02 - 1e-9
+    assert sum(result["point"]["shares"]) == pytest.approx(1)
+    assert result["frontier"]
+
+
+@pytest.mark.parametrize(
+    "target", [("--min-accuracy", 0), ("--max-cost", 1e12), ("--cost", "time"), ()], ids=lambda t: " ".join(map(str, t))
+)
+def test_calibrate_prints_point_and_frontier(made, tmp_path, target):
+    shown = dgate("calibrate", made.gates, made.net, *target, "-o", tmp_path / "p.safetensors").stdout
+    assert "after layer1" in shown
+    assert "Frontier" in shown
+
+
+def test_run_reads_a_folder_and_loses_only_the_bad_file(made, digits, expected, tmp_path):
+    for index, image in enumerate(digits):
+        name = tmp_path / f"{index // 10}" / f"{index:02}.png"
+        name.parent.mkdir(exist_ok=True)
+        Image.fromarray(image[0].numpy()).save(name)
+    (tmp_path / "2" / "25b.png").write_bytes((tmp_path / "2" / "25.png").read_bytes()[:50])
+    (tmp_path / "notes.txt").write_text("no image")
+    result = dgate("run", made.program, made.net, tmp_path, "--batch-size", 7, code=1)
+    assert answers(result.stdout) == expected
+    rows = list(csv.DictReader(StringIO(result.stdout)))
+    assert [row["file"] for row in rows[:2]] == ["0/00.png", "0/01.png"]
+    assert all(row["class"] == row["label"] for row in rows)  # digits are named by their figures
+    assert "skipped 2/25b.png" in result.stderr
+    assert "1 of 41 files could not be read" in result.stderr
+
+
+def test_run_takes_one_image(made, digits, expected, tmp_path):
+    Image.fromarray(digits[0, 0].numpy()).convert("RGB").save(tmp_path / "one.BMP")
+    assert answers(dgate("run", made.program, made.net, tmp_path / "one.BMP").stdout) == expected[:1]
+
+
+@pytest.mark.parametrize("kind", ["pixels [N, H, W]", "pixels [N, C, H, W]", "normalised", "normalised float64"])
+def test_run_reads_npy(made, digits, expected, tmp_path, kind):
+    arrays = {
+        "pixels [N, H, W]": digits[:, 0].numpy(),
+        "pixels [N, C, H, W]": digits.numpy(),
+        "normalised": next(iter(data.load("digits").loader("test", 40)))[0].numpy(),
+    }
+    arrays["normalised float64"] = arrays["normalised"].astype(np.float64)
+    np.save(tmp_path / "x.npy", arrays[kind])
+    assert answers(dgate("run", made.program, made.net, tmp_path / "x.npy", "-b", 16).stdout) == expected
+
+
+def test_run_writes_json(made, digits, expected, tmp_path):
+    np.save(tmp_path / "x.npy", digits.numpy())
+    printed = json.loads(dgate("run", made.program, made.net, tmp_path / "x.npy", "--json").stdout)
+    assert [(row["label"], row["exit"]) for row in printed] == expected
+    assert set(printed[0]) == {"index", "label", "class", "score", "exit"}
+    result = dgate("run", made.program, made.net, tmp_path / "x.npy", "-o", tmp_path / "answers.json")
+    assert result.stdout == ""
+    assert json.loads((tmp_path / "answers.json").read_text()) == printed
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["answers.json", "x.npy"]
+
+
+@pytest.mark.parametrize("json_", [True, False], ids=["json", "csv"])
+def test_run_takes_no_images(made, tmp_path, json_):
+    np.save(tmp_path / "x.npy", np.empty((0, 1, 8, 8), np.uint8))
+    printed = dgate("run", made.program, made.net, tmp_path / "x.npy", *["--json"] * json_).stdout
+    assert json.loads(printed) == [] if json_ else printed == "index,label,class,score,exit\n"
+
+
+def test_run_moves_on_the_frontier(made, digits, tmp_path):
+    np.save(tmp_path / "x.npy", digits.numpy())
+    exits = {
+        drop: [
+            e for _, e in answers(dgate("run", made.program, made.net, tmp_path / "x.npy", "--max-drop", drop).stdout)
+        ]
+        for drop in (0, 1)
+    }
+    assert sum(exits[1]) < sum(exits[0])
+    assert set(exits[1]) == {0}  # with everything allowed the first gate answers all
+
+
+def test_run_dense(made, digits, tmp_path):
+    np.save(tmp_path / "x.npy", digits.numpy())
+    printed = dgate("run", made.program, made.net, tmp_path / "x.npy", "--executor", "dense").stdout
+    assert {e for _, e in answers(printed)} == {2}
+
+
+def test_report_is_one_page(made, tmp_path):
+    page = tmp_path / "report.html"
+    result = dgate("report", made.program, made.net, "--max-drop", 0, "--max-drop", 0.1, "-o", page, "--json")
+    rows = json.loads(result.stdout)["rows"]
+    assert [row["name"].partition("(")[0] for row in rows] == ["dense", "dg", "dg"]
+    assert rows[0]["flops_reduction"] is None
+    assert all(0 <= row["accuracy"] <= 1 and sum(row["shares"]) == pytest.approx(1) for row in rows)
+    assert "<html" in page.read_text()
+
+
+@pytest.fixture(scope="module")
+def bad(tmp_path_factory) -> Path:
+    """A folder of files that `run` cannot take."""
+    folder = tmp_path_factory.mktemp("bad")
+    np.save(folder / "size.npy", np.zeros((3, 1, 9, 8), np.uint8))
+    np.save(folder / "dtype.npy", np.zeros((3, 1, 8, 8), np.int64))
+    np.save(folder / "pickle.npy", np.array([{}], dtype=object), allow_pickle=True)
+    np.save(folder / "good.npy", np.zeros((30, 1, 8, 8), np.uint8))
+    (folder / "cut.npy").write_bytes((folder / "good.npy").read_bytes()[:500])
+    (folder / "empty").mkdir()
+    return folder
+
+
+RUN = "run {program} {net}"
+FIT = "fit {net} -o {bad}/gates"
+BAD_INPUT = {
+    "no network": ("run {program} {bad}/none {bad}", "/none"),
+    "no program": ("run {bad}/none {net} {bad}", "/none"),
+    "network as program": ("run {net} {net} {bad}", "'dgate_rt.program'"),
+    "program as network": ("run {program} {program} {bad}", "'dgate_rt.backbone'"),
+    "no images": (f"{RUN} {{bad}}/none", "/none"),
+    "no npy": (f"{RUN} {{bad}}/none.npy", "/none.npy"),
+    "folder without images": (f"{RUN} {{bad}}/empty", "no image files"),
+    "npy of another size": (f"{RUN} {{bad}}/size.npy", "expected shape [N, 1, 8, 8] or [N, 8, 8], got [3, 1, 9, 8]"),
+    "npy of another dtype": (f"{RUN} {{bad}}/dtype.npy", "int64"),
+    "npy with a pickle": (f"{RUN} {{bad}}/pickle.npy", "pickle.npy"),
+    "truncated npy": (f"{RUN} {{bad}}/cut.npy", "cut.npy"),
+    "unknown executor": (f"{RUN} {{bad}}/good.npy --executor magic", "'magic'"),
+    "unknown device": (f"{RUN} {{bad}}/good.npy --device abacus", "'abacus'"),
+    "drop of gates that are off": ("run {gates} {net} {bad}/good.npy --max-drop 0.1", "dgate calibrate"),
+    "output in no folder": (f"{RUN} {{bad}}/good.npy -o {{bad}}/none/answers.csv", "/none/answers.csv"),
+    "unknown cut": (f"{FIT} --at layer7", "'layer7'"),
+    "differently normalised data": (f"{FIT} --data mnist", "normalised"),
+    "two targets": ("calibrate {gates} {net} -o {bad}/p --max-drop 0.1 --max-cost 1", "max_cost"),
+    "unreachable target": ("calibrate {gates} {net} -o {bad}/p --max-cost 1", "cheapest reachable"),
+    "unknown data": ("train -o {bad}/n --data digitz", "digits"),
+    "data without root": ("train -o {bad}/n --data cifar10", "root"),
+    "unknown backbone to count": ("flops resnet19", "resnet18"),
+    "unknown backbone": ("train -o {bad}/n --data digits --backbone resnet19", "resnet18"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_INPUT)
+def test_bad_input_is_one_red_line(made, bad, name):
+    command, message = BAD_INPUT[name]
+    before = sorted(bad.iterdir())
+    assert message in refused(*(word.format(**vars(made), bad=bad) for word in command.split()))
+    assert sorted(bad.iterdir()) == before
+
+
+def test_debug_shows_the_error_itself(made, bad):
+    result = CliRunner().invoke(app, ["--debug", "run", str(made.program), str(made.net), str(bad / "empty")])
+    assert isinstance(result.exception, ValueError)
+
+
+def test_interrupt_is_quiet(monkeypatch):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dgate_rt.cli.doctor.examine", interrupted)
+    assert dgate("doctor", code=130).output == ""
+
+
+def test_missing_extra_says_what_to_install(made, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    assert "pip install 'dgate-rt[vision]'" in refused("run", made.program, made.net, tmp_path)
+
+
+def test_unmarked_backbone_is_run_by_its_data_set(made, digits, expected, tmp_path):
+    """A file of `backbones.save_backbone`, as the demo leaves it, does not hold its origin."""
+    from dgate_rt.backbones import load_backbone, save_backbone
+
+    save_backbone(tmp_path / "net", *load_backbone(made.net))
+    np.save(tmp_path / "x.npy", digits.numpy())
+    assert answers(dgate("run", made.program, tmp_path / "net", tmp_path / "x.npy").stdout) == expected
+
+
+def test_flops_of_the_paper():
+    counted = json.loads(dgate("flops", "resnet101", "--json").stdout)
+    assert counted["resnet101"]["total"] == pytest.approx(5.02e9, rel=1e-3)
+    assert counted["resnet101"]["stages"] == pytest.approx([0.4397e9, 0.6711e9, 3.3806e9, 0.5285e9], rel=1e-3)
+
+
+def test_flops_prints_every_backbone(monkeypatch):
+    from dgate_rt.backbones import names
+
+    monkeypatch.setattr("dgate_rt.cli.measure._stage_flops", lambda name: [1e9, 2e9, 0.5e9, 0.25e9])
+    shown = dgate("flops").stdout
+    assert all(name in shown for name in names())
+    assert "3.7500" in shown
+
+
+@pytest.mark.parametrize("json_", [True, False], ids=["json", "table"])
+def test_demo_keeps_json_apart(monkeypatch, tmp_path, json_):
+    from dgate_rt import demo
+
+    def run_demo(out, *, quick, seed, progress=True, fresh):
+        print("a table")
+        return demo.DemoResult((), (), out / "report.html", out / "r.json", out / "b", {"p": out}, {"data": 1.0}, ())
+
+    monkeypatch.setattr(demo, "run_demo", run_demo)
+    shown = dgate("demo", "--quick", "--out", tmp_path, *["--json"] * json_).stdout
+    if json_:
+        assert json.loads(shown)["report"] == str(tmp_path / "report.html")
+    else:
+        assert shown == "a table\n"
+
+
+@pytest.fixture
+def measured(monkeypatch) -> dict[str, object]:
+    """Replaces the benchmark by two rows; holds what it was asked."""
+    from dgate_rt.bench import exit_mixes, memory
+    from dgate_rt.timing import Timing
+
+    asked: dict[str, object] = {"memory": []}
+
+    def run(batch_sizes, mixes, repeats, on_round):
+        asked.update(batch_sizes=batch_sizes, mixes=mixes, repeats=repeats)
+        on_round()
+        mix, ms = mixes[0], Timing(2.0, 1.5, 2.5)
+        yield exit_mixes.Row(batch_sizes[0], exit_mixes.NO_EXIT, "dense", "dense", 5.02, ms, 1.0, None, None)
+        yield exit_mixes.Row(batch_sizes[0], mix, "dgate_rt", "eager", 2.82, Timing(1.0, 0.9, 1.1), 2.0, 0.9, 0.98)
+
+    def peak(executor, batch_size):
+        asked["memory"].append((executor, batch_size))
+        return memory.Peak(100.0, 210.0 if executor == "eager" else 200.0)
+
+    monkeypatch.setattr(exit_mixes, "run", run)
+    monkeypatch.setattr(memory, "measure", peak)
+    return asked
+
+
+def test_bench_writes_what_it_measured(measured, tmp_path):
+    file = tmp_path / "results.json"
+    shown = dgate("bench", "-b", 8, "--repeats", 2, "--memory", "-o", file).stdout
+    assert all(text in shown for text in ("dgate_rt", "2.00×", "0.980", "1.050", "1.00 [0.90–1.10]"))
+    result = json.loads(file.read_text())
+    assert [row["engine"] for row in result["rows"]] == ["dense", "dgate_rt"]
+    assert result["machine"]["torch"] == torch.__version__
+    assert (measured["batch_sizes"], measured["repeats"]) == ((8,), 2)
+    assert measured["memory"] == [("dense", 8), ("eager", 8)]
+
+
+def test_quick_bench_does_little(measured):
+    result = json.loads(dgate("bench", "--quick", "--json").stdout)
+    assert (measured["batch_sizes"], measured["repeats"], len(measured["mixes"])) == ((1, 32), 3, 2)
+    assert result["memory"] == []
