@@ -6,7 +6,7 @@ would write, and earlyon. Two ratios say how much of the possible saving was rea
     realisation      = (1 - t_gated / t_dense) / (1 - F_gated / F_dense)         the paper's own is 0.99
     time realisation = (t_dense - t_gated) / (t_dense - t_ideal)
 
-where ``t_ideal`` sums, over the stages, the share of samples that reach a stage times that stage's dense time.
+where times are compared round by round, and ``t_ideal`` sums, over the stages, the share of samples that reach a stage times that stage's dense time.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Row:
     executor: str | None  # of dgate_rt; None for peers
     gflops: float | None  # mean a sample, gates included; None where the peer does not follow the mix
     ms: Timing
-    speed_up: float  # dense / this
+    speed_up: float  # dense / this, median over the rounds
     realisation: float | None  # None where nobody leaves
     time_realisation: float | None
 
@@ -52,16 +52,17 @@ def run(
     batch_sizes: Sequence[int] = BATCH_SIZES,
     mixes: Sequence[Mix] = MIXES,
     repeats: int = 5,
+    images: int = 64,
     on_round: Callable[[], object] | None = None,
 ) -> Iterator[Row]:
-    """Measure and yield rows, dense first, batch size after batch size.
+    """Measure and yield rows, dense first, batch size after batch size; each round runs at least ``images`` images.
 
     Raises:
         RuntimeError: before any timing, if gated answers differ from dense execution with post-hoc gating.
     """
-    workload = resnet101_workload(max(64, *batch_sizes))
+    workload = resnet101_workload(max(images, *batch_sizes))
     for batch_size in batch_sizes:
-        yield from _rows(workload, batch_size, mixes, repeats, on_round)
+        yield from _rows(workload.first(max(images, batch_size)), batch_size, mixes, repeats, on_round)
 
 
 def _rows(
@@ -71,9 +72,7 @@ def _rows(
     repeats: int,
     on_round: Callable[[], object] | None,
 ) -> Iterator[Row]:
-    batches = workload.images[: max(64, batch_size)].split(batch_size)
-    count = sum(map(len, batches))
-    workload = workload.first(count)
+    batches, count = workload.images.split(batch_size), len(workload.images)
     dense = compile(workload.program, batch_size=batch_size, executor="dense")
     engines: list[tuple[Mix, str, str | None, Callable[[Tensor], object]]] = [((), "dense", "dense", dense)]
     thresholds = {mix: workload.thresholds(mix) for mix in mixes}
@@ -89,25 +88,23 @@ def _rows(
     clock = _StageClock(masked.staged, batches)
     jobs = [_over(batches, engine) for *_, engine in engines]
     timings = interleaved([*jobs, clock], repeats, on_round)
-    dense_ms, stage_share, costs = timings[0].median, clock.shares(), workload.program.costs
+    stage_share, costs = clock.shares(), workload.program.costs
     for (mix, name, executor, _), timing in zip(engines, timings, strict=False):
-        ms = Timing(timing.median / count, timing.p20 / count, timing.p80 / count)
-        speed_up = dense_ms / timing.median
+        ms, ratio = timing.per(count), timing.ratio(timings[0])
         if name == "dense":
-            yield Row(batch_size, NO_EXIT, name, executor, costs.dense / 1e9, ms, speed_up, None, None)
+            yield Row(batch_size, NO_EXIT, name, executor, costs.dense / 1e9, ms, 1.0, None, None)
             continue
         if name == EarlyonBatched.name:  # a batch exits as one, so neither FLOPs nor ideal are those of the mix
-            yield Row(batch_size, mix, name, executor, None, ms, speed_up, None, None)
+            yield Row(batch_size, mix, name, executor, None, ms, 1 / ratio, None, None)
             continue
         shares = workload.shares(thresholds[mix])
         reach = 1 - np.concatenate([[0.0], np.cumsum(shares[:-1])])
         flops = float(reach @ np.array(costs.stages) + reach[:-1] @ np.array(costs.gates))
         realisation = time_realisation = None
         if mix != NO_EXIT:
-            ideal_ms = dense_ms * float(reach @ stage_share)
-            realisation = (1 - timing.median / dense_ms) / (1 - flops / costs.dense)
-            time_realisation = (dense_ms - timing.median) / (dense_ms - ideal_ms)
-        yield Row(batch_size, mix, name, executor, flops / 1e9, ms, speed_up, realisation, time_realisation)
+            realisation = (1 - ratio) / (1 - flops / costs.dense)
+            time_realisation = (1 - ratio) / (1 - float(reach @ stage_share))
+        yield Row(batch_size, mix, name, executor, flops / 1e9, ms, 1 / ratio, realisation, time_realisation)
 
 
 def refuse_wrong_answers(workload: Workload, gated: Runtime, batches: Sequence[Tensor]) -> None:

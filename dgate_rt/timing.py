@@ -20,6 +20,21 @@ class Timing:
     median: float
     p20: float
     p80: float
+    rounds: tuple[float, ...] = ()
+
+    @classmethod
+    def of(cls, rounds: Sequence[float]) -> Timing:
+        """The summary of the times of all rounds, in the order in which they were taken."""
+        p20, median, p80 = map(float, np.percentile(rounds, [20, 50, 80]))
+        return cls(median, p20, p80, tuple(map(float, rounds)))
+
+    def per(self, count: int) -> Timing:
+        """The same times for one of ``count`` equal parts of the job."""
+        return Timing.of([ms / count for ms in self.rounds])
+
+    def ratio(self, baseline: Timing) -> float:
+        """Median over the rounds of this time by the baseline's of the same round: drift of the machine cancels."""
+        return float(np.median(np.divide(self.rounds, baseline.rounds)))
 
 
 def interleaved(
@@ -40,8 +55,7 @@ def interleaved(
                 samples[round_index, job_index] = 1e3 * (time.perf_counter() - start)
         if on_round is not None:
             on_round()
-    p20, median, p80 = np.percentile(samples, [20, 50, 80], axis=0)
-    return [Timing(*map(float, row)) for row in zip(median, p20, p80, strict=True)]
+    return [Timing.of(rounds) for rounds in samples.T]
 
 
 def machine_header() -> dict[str, Any]:

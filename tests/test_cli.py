@@ -342,7 +342,7 @@ def measured(monkeypatch) -> dict[str, object]:
 
     asked: dict[str, object] = {"memory": []}
 
-    def run(batch_sizes, mixes, repeats, on_round):
+    def run(batch_sizes, mixes, repeats, images, on_round):
         asked.update(batch_sizes=batch_sizes, mixes=mixes, repeats=repeats)
         on_round()
         mix, ms = mixes[0], Timing(2.0, 1.5, 2.5)

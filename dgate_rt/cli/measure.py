@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 _QUICK_BATCH_SIZES = (1, 32)
 _QUICK_REPEATS = 3
+_QUICK_IMAGES, _IMAGES = 32, 64  # a round
 _REPEATS = 5
 _MARKS = {True: "[green]yes[/green]", False: "[red]no[/red]", None: ""}
 
@@ -58,7 +59,9 @@ def bench(
     rounds = repeats or (_QUICK_REPEATS if quick else _REPEATS)
     ticks = track(range(len(sizes) * (rounds + 1)), "rounds")
     next(ticks, None)
-    rows = list(exit_mixes.run(sizes, mixes, rounds, on_round=lambda: next(ticks, None)))
+    rows = list(
+        exit_mixes.run(sizes, mixes, rounds, _QUICK_IMAGES if quick else _IMAGES, on_round=lambda: next(ticks, None))
+    )
     peaks = _peaks(sizes) if memory or (memory is None and not quick and sys.platform == "linux") else {}
     machine = machine_header()
     result = {
