@@ -6,7 +6,8 @@ would write, and earlyon. Two ratios say how much of the possible saving was rea
     realisation      = (1 - t_gated / t_dense) / (1 - F_gated / F_dense)         the paper's own is 0.99
     time realisation = (t_dense - t_gated) / (t_dense - t_ideal)
 
-where times are compared round by round, and ``t_ideal`` sums, over the stages, the share of samples that reach a stage times that stage's dense time.
+where times are compared round by round, and ``t_ideal`` sums, over the stages, the share of samples that reach a stage
+times that stage's dense time.
 """
 
 from __future__ import annotations

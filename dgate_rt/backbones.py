@@ -12,15 +12,18 @@ import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import DenseNet
 from torchvision.models.resnet import BasicBlock, Bottleneck
+
+from dgate_rt.data import DataBundle, Stats
+from dgate_rt.flops import count_flops
 
 _CHANNEL_MULTIPLE = 8
 _FORMAT = "dgate_rt.backbone"
@@ -161,21 +164,21 @@ def default_cuts(name: str) -> tuple[str, ...]:
     return ("features.denseblock1", "features.denseblock2", "features.denseblock3")
 
 
-def flops_table(image_size: int = 32, num_classes: int = 10) -> dict[str, float]:
-    """GFLOPs a sample of every backbone at full width, 2 FLOPs a multiply-add (paper, Tables 1 and 2)."""
-    table = {}
-    for name in names():
-        with torch.device("meta"):
-            model, example = build(name, num_classes=num_classes).eval(), torch.empty(1, 3, image_size, image_size)
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            model(example)
-        table[name] = counter.get_total_flops() / 1e9
-    return table
+def stage_flops(name: str, image_size: int = 32, num_classes: int = 10) -> list[int]:
+    """FLOPs a sample up to each of the default cuts, and of the rest, at full width; nothing is computed."""
+    with torch.device("meta"):
+        model, example = build(name, num_classes=num_classes).eval(), torch.empty(1, 3, image_size, image_size)
+    so_far = [0]
+    with torch.no_grad(), count_flops() as counter:
+        for cut in default_cuts(name):
+            model.get_submodule(cut).register_forward_hook(lambda *_: so_far.append(counter.get_total_flops()))
+        model(example)
+    return [after - before for before, after in pairwise([*so_far, counter.get_total_flops()])]
 
 
 @dataclass(frozen=True)
 class BackboneMeta:
-    """What a backbone file says of its network."""
+    """What a backbone file says of its network, and of the images that it was trained on."""
 
     name: str
     width: float = 1.0
@@ -183,7 +186,22 @@ class BackboneMeta:
     in_channels: int = 3
     image_size: int = 32
     dataset: str = ""
+    data_seed: int = 0  # of the split into train, val and test
+    classes: tuple[str, ...] = ()  # their names
+    stats: Stats = ((), ())  # mean and deviation of each channel, by which images are normalised
     accuracy: float | None = None  # on the test split
+
+    def __post_init__(self) -> None:
+        mean, std = self.stats
+        object.__setattr__(self, "stats", (tuple(mean), tuple(std)))  # JSON has lists only
+        object.__setattr__(self, "classes", tuple(self.classes))
+
+    @classmethod
+    def of(cls, name: str, width: float, bundle: DataBundle, data_seed: int = 0) -> BackboneMeta:
+        """The network ``name`` for the images of ``bundle``."""
+        channels, height, _ = bundle.image_shape
+        classes, stats = bundle.classes, bundle.stats
+        return cls(name, width, len(classes), channels, height, bundle.name, data_seed, classes, stats)
 
     def build(self) -> nn.Module:
         """The network, freshly initialised."""
@@ -245,5 +263,5 @@ def _check_state(state: dict[str, Tensor], expected: dict[str, Tensor], what: st
 
 
 if __name__ == "__main__":
-    for backbone, gflops in flops_table().items():
-        print(f"{backbone:12} {gflops:7.3f}")
+    for backbone in names():
+        print(f"{backbone:12} {sum(stage_flops(backbone)) / 1e9:7.3f}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -30,7 +29,7 @@ from dgate_rt.progress import track
 from dgate_rt.report import TableRow, configuration, console_table, write_report
 from dgate_rt.runtime import compile
 from dgate_rt.staged import StagedModel, split
-from dgate_rt.timing import interleaved, machine_header
+from dgate_rt.timing import commit, interleaved, machine_header
 from dgate_rt.trace import Trace, collect_trace
 from dgate_rt.train import fit
 
@@ -142,7 +141,7 @@ def run_demo(
             {
                 "command": command,
                 "version": dgate_rt.__version__,
-                "commit": _commit(),
+                "commit": commit(),
                 "machine": machine_header(),
                 "settings": key,
                 "seconds": steps.seconds,
@@ -323,16 +322,3 @@ def _write_json(path: Path, value: object) -> None:
     partial = path.with_name(f"{path.name}.partial")
     partial.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
     os.replace(partial, path)
-
-
-def _commit() -> str | None:
-    """The commit of the checkout that this file belongs to; None outside of one, or without git."""
-    here = Path(__file__)
-    try:
-        git = ["git", "-C", str(here.parent)]
-        tracked = subprocess.run([*git, "ls-files", "--error-unmatch", here.name], capture_output=True, check=False)
-        if tracked.returncode:
-            return None
-        return subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    except OSError:
-        return None

@@ -284,8 +284,7 @@ def train_recipe(
     recipe: Recipe, bundle: DataBundle, *, seed: int = 0, bfloat16: bool | None = None, progress: bool = True
 ) -> tuple[nn.Module, BackboneMeta]:
     """Make and train the recipe's network on ``bundle`` (of `Recipe.load_data`), and measure it on the test split."""
-    channels, height, _ = bundle.image_shape
-    meta = BackboneMeta(recipe.name, recipe.width, len(bundle.classes), channels, height, bundle.name)
+    meta = BackboneMeta.of(recipe.name, recipe.width, bundle)
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
         model = meta.build()

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import types
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 
@@ -294,13 +295,12 @@ def test_missing_extra_says_what_to_install(made, tmp_path, monkeypatch):
     assert "pip install 'dgate-rt[vision]'" in refused("run", made.program, made.net, tmp_path)
 
 
-def test_unmarked_backbone_is_run_by_its_data_set(made, digits, expected, tmp_path):
-    """A file of `backbones.save_backbone`, as the demo leaves it, does not hold its origin."""
+def test_a_network_that_does_not_say_how_images_are_normalised_is_refused(made, tmp_path):
     from dgate_rt.backbones import load_backbone, save_backbone
 
-    save_backbone(tmp_path / "net", *load_backbone(made.net))
-    np.save(tmp_path / "x.npy", digits.numpy())
-    assert answers(dgate("run", made.program, tmp_path / "net", tmp_path / "x.npy").stdout) == expected
+    model, meta = load_backbone(made.net)
+    save_backbone(tmp_path / "net", model, replace(meta, stats=((), ())))
+    assert "expected classes and normalisation" in refused("run", made.program, tmp_path / "net", tmp_path)
 
 
 def test_flops_of_the_paper():
@@ -312,7 +312,7 @@ def test_flops_of_the_paper():
 def test_flops_prints_every_backbone(monkeypatch):
     from dgate_rt.backbones import names
 
-    monkeypatch.setattr("dgate_rt.cli.measure._stage_flops", lambda name: [1e9, 2e9, 0.5e9, 0.25e9])
+    monkeypatch.setattr("dgate_rt.backbones.stage_flops", lambda name: [1e9, 2e9, 0.5e9, 0.25e9])
     shown = dgate("flops").stdout
     assert all(name in shown for name in names())
     assert "3.7500" in shown

@@ -19,7 +19,7 @@ from dgate_rt.cli.options import Json
 def demo(
     folder: Annotated[Path, typer.Option("--out", help="Write network, programs and report here.")] = Path("demo"),
     quick: Annotated[bool, typer.Option("--quick", help="Less training: a minute, and a worse network.")] = False,
-    seed: Annotated[int, typer.Option("--seed", help="Of everything.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="Of the training of network and gates.")] = 0,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Train again, whatever is there from an earlier demo.")
     ] = False,

@@ -2,41 +2,23 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dgate_rt import backbones, data, program
 from dgate_rt.backbones import BackboneMeta
 from dgate_rt.cost import measure_costs
-from dgate_rt.data import DataBundle, Stats
+from dgate_rt.data import DataBundle
 from dgate_rt.frontier import Frontier, OperatingPoint
 from dgate_rt.gate import Gate
 from dgate_rt.program import GateProgram
 from dgate_rt.staged import StagedModel
 
-_ORIGIN = "dgate_rt.origin"
 _FOLDER_ZOOM = 256 / 224  # torchvision's evaluation of ImageNet: a short side of 256, cut to 224
-
-
-@dataclass(frozen=True)
-class Origin:
-    """What new images for a network must know about its training data."""
-
-    seed: int  # of the split
-    stats: Stats
-    classes: tuple[str, ...]
-
-    @classmethod
-    def of(cls, bundle: DataBundle, seed: int) -> Origin:
-        return cls(seed, bundle.stats, bundle.classes)
 
 
 @dataclass(frozen=True)
@@ -46,7 +28,6 @@ class Network:
     path: Path
     model: nn.Module
     meta: BackboneMeta
-    origin: Origin
 
     @property
     def zoom(self) -> float:
@@ -54,29 +35,18 @@ class Network:
         return _FOLDER_ZOOM if self.meta.dataset == "folder" else 1.0
 
 
-def save_network(path: Path, model: nn.Module, meta: BackboneMeta, origin: Origin) -> None:
-    """Write a backbone file (`backbones.load_backbone` reads it) that also holds its origin."""
-    partial = path.with_name(f"{path.name}.partial")
-    backbones.save_backbone(partial, model, meta)
-    with safe_open(partial, "pt") as file:
-        header = {**file.metadata(), _ORIGIN: json.dumps(asdict(origin))}
-        state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # not a mapping
-    save_file(state, partial, header)
-    os.replace(partial, path)
-
-
 def open_network(path: Path, device: torch.device | str = "cpu") -> Network:
-    """Read a file of `save_network`, or of `backbones.save_backbone` if its data set comes with a package."""
+    """Read a network that ``dgate train`` or the demo wrote.
+
+    Raises:
+        ValueError: if the file does not say what images the network takes.
+    """
     model, meta = backbones.load_backbone(path)
-    with safe_open(path, "pt") as file:
-        text = (file.metadata() or {}).get(_ORIGIN)
-    if text is None:
-        origin = Origin.of(data.load(meta.dataset, image_size=meta.image_size), 0)
-    else:
-        held = json.loads(text)
-        mean, std = held["stats"]
-        origin = Origin(held["seed"], (tuple(mean), tuple(std)), tuple(held["classes"]))
-    return Network(path, model.to(device), meta, origin)
+    if len(meta.classes) != meta.num_classes or len(meta.stats[0]) != meta.in_channels:
+        raise ValueError(
+            f"network: expected classes and normalisation in {path}, got none; save it with BackboneMeta.of"
+        )
+    return Network(path, model.to(device), meta)
 
 
 def open_program(path: Path, network: Network) -> GateProgram:
@@ -92,15 +62,17 @@ def open_data(network: Network, name: str | None, root: Path | None, download: b
     Raises:
         ValueError: if the other images differ in shape, normalisation or number of classes.
     """
-    meta, origin = network.meta, network.origin
-    bundle = data.load(name or meta.dataset, root=root, image_size=meta.image_size, seed=origin.seed, download=download)
+    meta = network.meta
+    bundle = data.load(
+        name or meta.dataset, root=root, image_size=meta.image_size, seed=meta.data_seed, download=download
+    )
     expected = (meta.in_channels, meta.image_size, meta.image_size)
     if bundle.image_shape != expected:
         raise ValueError(f"data: expected images of shape {expected} for {network.path}, got {bundle.image_shape}")
     if len(bundle.classes) != meta.num_classes:
         raise ValueError(f"data: expected {meta.num_classes} classes for {network.path}, got {len(bundle.classes)}")
-    if bundle.stats != origin.stats:
-        raise ValueError(f"data: expected images normalised by {origin.stats}, got {bundle.stats} in {bundle.name!r}")
+    if bundle.stats != meta.stats:
+        raise ValueError(f"data: expected images normalised by {meta.stats}, got {bundle.stats} in {bundle.name!r}")
     return bundle
 
 

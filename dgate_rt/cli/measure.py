@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections.abc import Iterable, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -52,7 +50,7 @@ def bench(
     """
     from dgate_rt.bench import exit_mixes, workload
     from dgate_rt.progress import track
-    from dgate_rt.timing import machine_header
+    from dgate_rt.timing import commit, machine_header
 
     sizes = tuple(batch_size or (_QUICK_BATCH_SIZES if quick else exit_mixes.BATCH_SIZES))
     mixes = (workload.PAPER_MIXES[1], workload.NO_EXIT) if quick else exit_mixes.MIXES
@@ -126,21 +124,6 @@ def _number(value: float | None, form: str) -> str:
     return "" if value is None else form.format(value)
 
 
-def commit() -> str | None:
-    """The commit of the checkout that this package runs from, "-dirty" if it has changes; None outside of one."""
-    here = Path(__file__).resolve()
-    git = ["git", "-C", str(here.parent)]
-    try:
-        if subprocess.run(
-            [*git, "ls-files", "--error-unmatch", here.name], capture_output=True, check=False
-        ).returncode:
-            return None  # installed into an environment that lies in some checkout
-        describe = [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-        return subprocess.run(describe, capture_output=True, text=True, check=False).stdout.strip() or None
-    except OSError:
-        return None
-
-
 @app.command(epilog=examples("dgate flops", "dgate flops resnet101 --json"))
 def flops(
     backbone: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help="Only these.")] = None,
@@ -150,32 +133,15 @@ def flops(
 
     ResNet-101 costs 5.02 GFLOPs, as in the paper's Table 1.
     """
-    from dgate_rt.backbones import names
+    from dgate_rt.backbones import names, stage_flops
 
-    counted = {name: _stage_flops(name) for name in backbone or names()}
+    counted = {name: stage_flops(name) for name in backbone or names()}
     if json_:
         emit_json({name: {"stages": stages, "total": sum(stages)} for name, stages in counted.items()})
         return
     columns = ("backbone", "to gate 1", "to gate 2", "to gate 3", "to the end", "GFLOPs")
     lines = [[name, *(f"{f / 1e9:.4f}" for f in parts), f"{sum(parts) / 1e9:.4f}"] for name, parts in counted.items()]
     print_table(table(columns, lines))
-
-
-def _stage_flops(name: str) -> list[int]:
-    """FLOPs of the part before each of the paper's cuts, and of the rest; nothing is computed."""
-    import torch
-    from torch.utils.flop_counter import FlopCounterMode
-
-    from dgate_rt.backbones import build, default_cuts
-
-    with torch.device("meta"):
-        model, example = build(name).eval(), torch.empty(1, 3, 32, 32)
-    so_far = [0]
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        for cut in default_cuts(name):
-            model.get_submodule(cut).register_forward_hook(lambda *_: so_far.append(counter.get_total_flops()))
-        model(example)
-    return [after - before for before, after in pairwise([*so_far, counter.get_total_flops()])]
 
 
 @app.command(epilog=examples("dgate doctor", "dgate doctor --json"))

@@ -69,14 +69,13 @@ def train(
     import torch
 
     from dgate_rt import pretrain
-    from dgate_rt.backbones import BackboneMeta
-    from dgate_rt.cli.files import Origin, device_of, save_network
+    from dgate_rt.backbones import BackboneMeta, save_backbone
+    from dgate_rt.cli.files import device_of
     from dgate_rt.data import load
 
     torch_device = device_of(device)
     bundle = load(data, root=root, image_size=image_size, seed=data_seed, download=download)
-    channels, height, _ = bundle.image_shape
-    meta = BackboneMeta(backbone, width, len(bundle.classes), channels, height, bundle.name)
+    meta = BackboneMeta.of(backbone, width, bundle, data_seed)
     torch.manual_seed(seed)
     model = meta.build()
     history = pretrain.train_backbone(
@@ -92,7 +91,7 @@ def train(
     )
     accuracy = pretrain.evaluate(model, bundle.loader("test", batch_size, workers=workers))
     meta = replace(meta, accuracy=accuracy)
-    save_network(output, model, meta, Origin.of(bundle, data_seed))
+    save_backbone(output, model, meta)
     say(f"wrote {output}")
     if json_:
         emit_json({"output": output, **asdict(meta), "epochs": [asdict(epoch) for epoch in history]})

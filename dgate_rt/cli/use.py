@@ -74,9 +74,9 @@ def run(
 
     net, torch_device = open_network(network), device_of(device)
     chosen = _at(open_program(program, net), max_drop, program)
-    source = open_images(images, chosen.input_shape, net.origin.stats, net.zoom)
+    source = open_images(images, chosen.input_shape, net.meta.stats, net.zoom)
     runtime = compile(chosen, batch_size=batch_size, device=torch_device, executor=executor)
-    key, classes = "file" if isinstance(source, ImageFolder) else "index", net.origin.classes
+    key, classes = "file" if isinstance(source, ImageFolder) else "index", net.meta.classes
     as_json = json_ or (output is not None and output.suffix.lower() == ".json")
     exits: Counter[int] = Counter()
     unreadable: list[str] = []
