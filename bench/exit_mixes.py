@@ -23,7 +23,8 @@ from torch import Tensor
 from dgate_rt import compile
 from dgate_rt.bench.peers import EarlyonBatched, MaskedLoop
 from dgate_rt.bench.workload import NO_EXIT, PAPER_MIXES, Mix, Workload, resnet101_workload
-from dgate_rt.runtime import Runtime
+from dgate_rt.executors import Predictions
+from dgate_rt.program import GateProgram
 from dgate_rt.staged import StagedModel
 from dgate_rt.timing import Timing, interleaved
 
@@ -80,9 +81,10 @@ def _rows(
     for mix in mixes:
         program = workload.at(thresholds[mix])
         gated = compile(program, batch_size=batch_size, executor="eager")
-        refuse_wrong_answers(workload, gated, batches)
+        refuse_wrong_answers(workload, program, gated, batches)
         engines.append((mix, "dgate_rt", gated.executor, gated))
         masked = MaskedLoop(program)
+        refuse_wrong_answers(workload, program, masked, batches)
         engines.append((mix, MaskedLoop.name, None, masked))
     engines.append((mixes[0], EarlyonBatched.name, None, EarlyonBatched(workload, mixes[0])))
 
@@ -108,15 +110,20 @@ def _rows(
         yield Row(batch_size, mix, name, executor, flops / 1e9, ms, 1 / ratio, realisation, time_realisation)
 
 
-def refuse_wrong_answers(workload: Workload, gated: Runtime, batches: Sequence[Tensor]) -> None:
-    """Raise unless the runtime sends every sample to the exit that dense execution with post-hoc gating gives."""
-    exits = torch.cat([gated(batch).exits for batch in batches])
-    wanted = torch.full_like(exits, len(gated.thresholds))
-    for g in reversed(range(len(gated.thresholds))):
-        wanted[workload.margins[g] >= gated.thresholds[g]] = g
-    wrong = int((exits != wanted).sum())
-    if wrong:
-        raise RuntimeError(f"will not time wrong answers: {wrong} of {len(exits)} samples left at another exit")
+def refuse_wrong_answers(
+    workload: Workload,
+    program: GateProgram,
+    engine: Callable[[Tensor], Predictions],
+    batches: Sequence[Tensor],
+) -> None:
+    """Raise unless exits, labels and scores are those of dense execution with post-hoc gating."""
+    answers = [engine(batch) for batch in batches]
+    exits, labels, scores = (torch.cat([getattr(a, name) for a in answers]) for name in ("exits", "labels", "scores"))
+    expected = workload.expected(program.thresholds)
+    wrong = (exits != expected.exits) | (labels != expected.labels)
+    wrong |= ~torch.isclose(scores, expected.scores, rtol=1e-3, atol=1e-3)
+    if wrong.any():
+        raise RuntimeError(f"will not time wrong answers: {int(wrong.sum())} of {len(wrong)} samples differ")
 
 
 class _StageClock:

@@ -47,12 +47,12 @@ def _status_mib(field: str) -> float:
 def _child(executor: str, batch_size: int) -> None:
     workload = resnet101_workload(batch_size)
     program = workload.at(workload.thresholds(PAPER_MIXES[1]))
-    run = compile(program, batch_size=batch_size, executor=executor)
-    run(workload.images[:1])
+    run, images = compile(program, batch_size=batch_size, executor=executor), workload.images
+    run(images[:1])
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
     idle = _status_mib("VmRSS:")
     for _ in range(3):
-        run(workload.images)
+        run(images)
     print(json.dumps({"idle": idle, "peak": _status_mib("VmHWM:")}))
 
 

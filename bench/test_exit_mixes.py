@@ -5,28 +5,30 @@ from __future__ import annotations
 import pytest
 
 from dgate_rt import compile
-from dgate_rt.bench.exit_mixes import refuse_wrong_answers
+from dgate_rt.bench.exit_mixes import BATCH_SIZES, MIXES, refuse_wrong_answers
 from dgate_rt.bench.peers import EarlyonBatched, MaskedLoop
-from dgate_rt.bench.workload import PAPER_MIXES, resnet101_workload
+from dgate_rt.bench.workload import NO_EXIT, resnet101_workload
 
-MIX = PAPER_MIXES[1]
+ENGINES = [("dense", NO_EXIT), ("earlyon", MIXES[0]), *((name, mix) for mix in MIXES for name in ("eager", "masked"))]
 
 
 @pytest.fixture(scope="module")
 def workload():
-    return resnet101_workload(64)
+    return resnet101_workload(max(BATCH_SIZES))
 
 
-@pytest.mark.parametrize("batch_size", [1, 8, 32], ids="B={}".format)
-@pytest.mark.parametrize("engine", ["dense", "eager", "masked", "earlyon"])
-def test_exit_mix(benchmark, workload, engine, batch_size):
-    program = workload.at(workload.thresholds(MIX))
+@pytest.mark.parametrize("batch_size", BATCH_SIZES, ids="B={}".format)
+@pytest.mark.parametrize(("engine", "mix"), ENGINES, ids=lambda v: v if isinstance(v, str) else "/".join(map(str, v)))
+def test_exit_mix(benchmark, workload, engine, mix, batch_size):
+    work = workload.first(max(64, batch_size))
+    batches = work.images.split(batch_size)
+    program = work.at(work.thresholds(mix))
     if engine == "masked":
         run = MaskedLoop(program)
     elif engine == "earlyon":
-        run = EarlyonBatched(workload, MIX)
+        run = EarlyonBatched(work, mix)
     else:
         run = compile(program, batch_size=batch_size, executor=engine)
-    if engine == "eager":
-        refuse_wrong_answers(workload, run, workload.images.split(batch_size))
-    benchmark.pedantic(run, args=(workload.images[:batch_size],), rounds=5, warmup_rounds=1)
+    if engine in ("eager", "masked"):
+        refuse_wrong_answers(work, program, run, batches)
+    benchmark.pedantic(lambda: [run(batch) for batch in batches], rounds=3, warmup_rounds=1)

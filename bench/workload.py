@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from dgate_rt import Gate, GateProgram, StagedModel, split
 from dgate_rt.backbones import build
 from dgate_rt.cost import Costs, measure_costs
+from dgate_rt.executors import Predictions
 from dgate_rt.frontier import Frontier, OperatingPoint
-from dgate_rt.gate import leaves, pooled_width
+from dgate_rt.gate import leaves, margin_and_label, pooled_width
 
 Mix = tuple[float, ...]
 
@@ -38,7 +39,8 @@ class Workload:
     backbone: nn.Module
     program: GateProgram
     images: Tensor  # [N, 3, 32, 32] float32
-    margins: Tensor  # [G, N] float32
+    margins: Tensor  # [G + 1, N] float32; of every gate, and the largest logit
+    labels: Tensor  # [G + 1, N] int64
 
     def thresholds(self, mix: Mix) -> tuple[float, ...]:
         """Thresholds that send ``mix`` of the images to each exit, each halfway between two margins."""
@@ -57,16 +59,23 @@ class Workload:
             alive &= ~leaves(self.margins[g], thresholds[-1])
         return tuple(thresholds)
 
-    def shares(self, thresholds: Sequence[float]) -> Mix:
-        """The share of the images that leaves at each exit."""
+    def expected(self, thresholds: Sequence[float]) -> Predictions:
+        """What dense execution with post-hoc gating answers."""
         exits = torch.full((len(self.images),), len(thresholds))
         for g in reversed(range(len(thresholds))):
             exits[leaves(self.margins[g], thresholds[g])] = g
+        every = torch.arange(len(exits))
+        return Predictions(self.labels[exits, every], self.margins[exits, every], exits)
+
+    def shares(self, thresholds: Sequence[float]) -> Mix:
+        """The share of the images that leaves at each exit."""
+        exits = self.expected(thresholds).exits
         return tuple((exits.bincount(minlength=len(thresholds) + 1) / len(exits)).tolist())
 
     def first(self, count: int) -> Workload:
         """The same work on the first ``count`` images only."""
-        return replace(self, images=self.images[:count], margins=self.margins[:, :count])
+        kept = {"images": self.images[:count], "margins": self.margins[:, :count], "labels": self.labels[:, :count]}
+        return replace(self, **kept)
 
     def at(self, thresholds: tuple[float, ...]) -> GateProgram:
         """The program at other thresholds."""
@@ -85,14 +94,14 @@ def resnet101_workload(count: int, seed: int = 0) -> Workload:
             gates = nn.ModuleList(Gate(width, 10) for width in widths)
             for gate in gates:
                 nn.init.normal_(gate.weight, std=gate.width**-0.5)
-    margins = _margins(staged, gates, images)
+    margins, labels = _scores(staged, gates, images)
     costs: Costs = measure_costs(staged, gates, images[:1])
     off = (np.inf,) * len(gates)
     point = OperatingPoint(off, float("nan"), costs.dense, (0.0, 0.0, 0.0, 1.0))
     program = GateProgram(
         staged, tuple(gates), off, point, Frontier((point,)), costs, float("nan"), tuple(images.shape[1:]), images.dtype
     )
-    return Workload(model, program, images, margins)
+    return Workload(model, program, images, margins, labels)
 
 
 def _settle(model: nn.Module, images: Tensor) -> nn.Module:
@@ -107,9 +116,13 @@ def _settle(model: nn.Module, images: Tensor) -> nn.Module:
 
 
 @torch.inference_mode()
-def _margins(staged: StagedModel, gates: nn.ModuleList, images: Tensor) -> Tensor:
-    margins = [
-        torch.stack([gate.score(f)[0] for gate, f in zip(gates, staged.features(chunk), strict=True)])
-        for chunk in images.split(16)
-    ]
-    return torch.cat(margins, 1)
+def _scores(staged: StagedModel, gates: nn.ModuleList, images: Tensor) -> tuple[Tensor, Tensor]:
+    margins, labels = [], []
+    for chunk in images.split(16):
+        found = []
+        for g, boundary in enumerate(staged.boundaries(chunk)):  # one by one: the next stage may work in place
+            scored = gates[g].score(staged.gate_features(g, boundary)) if g < len(gates) else margin_and_label(boundary)
+            found.append(scored)
+        margins.append(torch.stack([margin for margin, _ in found]))
+        labels.append(torch.stack([label for _, label in found]))
+    return torch.cat(margins, 1), torch.cat(labels, 1)

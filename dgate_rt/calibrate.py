@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from dgate_rt.batches import check_staged, frozen
 from dgate_rt.cost import CostKind, measure_costs
-from dgate_rt.features import frozen
+from dgate_rt.example import distinct_rows
 from dgate_rt.frontier import search_frontier
 from dgate_rt.gate import Gate
-from dgate_rt.program import GateProgram
+from dgate_rt.independence import check_stages
+from dgate_rt.program import GateProgram, check_targets
 from dgate_rt.staged import StagedModel
 from dgate_rt.trace import collect_trace
 
@@ -50,23 +52,21 @@ def calibrate(
     Raises:
         TypeError: if ``gates`` holds anything but gates.
         ValueError: on more than one target, another number of gates than cuts, no data, or labels outside ``[0, K)``.
+        SplitError: if ``staged`` was not checked by `split` and a stage mixes the samples of a batch.
         UnreachableTargetError: when no thresholds reach the target; the message says what is reachable.
     """
     targets = {"max_accuracy_drop": max_accuracy_drop, "min_accuracy": min_accuracy, "max_cost": max_cost}
-    given = [name for name, value in targets.items() if value is not None]
-    if len(given) > 1:
-        raise ValueError(f"calibrate: expected one of {', '.join(targets)}, got {' and '.join(given)}")
-    for name in given:
-        if not targets[name] >= 0:  # type: ignore[operator]  # given means not None; NaN fails too
-            raise ValueError(f"{name}: expected a number of at least 0, got {targets[name]}")
-
+    check_targets("calibrate", targets)
+    device = check_staged(staged, device)
     checked = _check_gates(staged, gates)
     with frozen(staged):
         trace, example = collect_trace(staged, checked, loader, device=device, progress=progress)
+        if not staged.checked:  # made by hand, or split without an example
+            check_stages(staged.stages, distinct_rows(example, 3))
         costs = measure_costs(staged, checked, example, cost)
 
     if max_cost is not None:
-        frontier = search_frontier(trace, costs)
+        frontier = search_frontier(trace, costs, max_cost=max_cost)
         point = frontier.most_accurate(max_cost)
     else:
         wanted = min_accuracy if min_accuracy is not None else trace.network_accuracy - (max_accuracy_drop or 0.0)

@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from dgate_rt.executors.base import deploy, prefers_channels_last
 from dgate_rt.flops import count_flops
 from dgate_rt.gate import Gate, Pool
 from dgate_rt.staged import Boundary, StagedModel
@@ -69,6 +70,8 @@ def measure_costs(
 ) -> Costs:
     """Cost of every stage and gate on inputs like ``example``: counted FLOPs, or measured milliseconds a sample.
 
+    Times are those of the memory format that `compile` would choose.
+
     Raises:
         ValueError: if ``kind`` is neither ``"flops"`` nor ``"time"``, or ``example`` has no rows.
     """
@@ -76,6 +79,9 @@ def measure_costs(
         raise ValueError(f"cost: expected 'flops' or 'time', got {kind!r}")
     if len(example) == 0:
         raise ValueError(f"example: expected at least one row, got shape {tuple(example.shape)}")
+    if kind == "time" and prefers_channels_last(staged, example.shape[1:], example.device):  # as compile will run it
+        staged = deploy(staged, example.device, channels_last=True)
+        example = example.contiguous(memory_format=torch.channels_last)
     with torch.no_grad():
         boundaries = list(staged.boundaries(example))  # a later stage may have worked in place; costs do not mind
         features = [staged.gate_features(g, boundaries[g]) for g in range(len(gates))]

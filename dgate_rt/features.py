@@ -16,19 +16,19 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from dgate_rt.batches import as_pair, check_labels, count_classes, frozen, run_stage
 from dgate_rt.gate import Pool, pool_features
 from dgate_rt.progress import length_of, track
-from dgate_rt.staged import Boundary, StagedModel, as_tuple
+from dgate_rt.staged import Boundary, StagedModel
 
 SCHEMA = 1
 SKIP = -1
@@ -268,21 +268,6 @@ def batch_hash(
     return digest.hexdigest()
 
 
-@contextmanager
-def frozen(module: nn.Module) -> Iterator[None]:
-    """Eval mode; whatever happens, the train/eval and ``requires_grad`` flags are as before afterwards."""
-    modes = [(part, part.training) for part in module.modules()]
-    gradients = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
-    try:
-        module.eval()
-        yield
-    finally:
-        for part, mode in modes:
-            part.training = mode
-        for parameter, mode in gradients:
-            parameter.requires_grad = mode
-
-
 def collect(
     staged: StagedModel,
     loader: Iterable[Sequence[object]],
@@ -302,12 +287,12 @@ def collect(
     begun = False
     with frozen(staged):
         for number, item in enumerate(track(loader, f"features of {name}", batches, progress)):
-            x, y = _batch(item, f"{name}: batch {number}")
+            x, y = as_pair(item, f"{name}: batch {number}")
             if not len(y):
                 continue
             if cache.classes is None:
-                cache.classes = _count_classes(staged, x, device, name)
-            _check_labels(y, cache.classes, f"{name}: batch {number}")
+                cache.classes = count_classes(staged, x, device, name)
+            check_labels(y, cache.classes, f"{name}: batch {number}")
             if cache.recall(x, y):
                 continue
             pooled = _pooled(staged, x, pool, device, name)
@@ -321,65 +306,13 @@ def collect(
     return cache.features()
 
 
-def _batch(item: object, where: str) -> tuple[Tensor, Tensor]:  # x [N, ...], y [N] int64
-    if not isinstance(item, (tuple, list)) or len(item) != 2:
-        size = f" of {len(item)}" if isinstance(item, (tuple, list)) else ""
-        raise TypeError(f"{where}: expected a pair (x, y), got {type(item).__name__}{size}")
-    try:
-        x, y = (torch.as_tensor(part) for part in item)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"{where}: expected x and y as tensors or arrays of numbers: {error}") from error
-    if y.dtype.is_floating_point or y.dtype.is_complex or y.dtype == torch.bool:
-        raise TypeError(f"{where}: expected y of an integer dtype, got {y.dtype}")
-    if x.ndim == 0 or y.shape != x.shape[:1]:
-        raise ValueError(
-            f"{where}: expected y [N], a class for each x [N, ...], got y {tuple(y.shape)} for x {tuple(x.shape)}"
-        )
-    return x, y.cpu().long()
-
-
-def _check_labels(y: Tensor, classes: int, where: str) -> None:
-    low, high = int(y.min()), int(y.max())
-    if low < 0 or high >= classes:
-        raise ValueError(
-            f"{where}: expected labels in 0..{classes - 1}, as the network has {classes} classes, got {low}..{high}"
-        )
-
-
-def _run_stage(staged: StagedModel, index: int, boundary: Boundary, where: str) -> Boundary:
-    try:
-        return staged.run_stage(index, boundary)
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, ValueError, TypeError, IndexError) as error:
-        first = as_tuple(boundary)[0]
-        sample = f" (its example was a batch of {staged.example_shape})" if staged.example_shape else ""
-        raise ValueError(
-            f"{where}: stage {index} does not take {first.dtype} of shape {tuple(first.shape)}{sample}: {error}"
-        ) from error
-
-
-@torch.no_grad()
-def _count_classes(staged: StagedModel, x: Tensor, device: torch.device | str, name: str) -> int:
-    """The width of the network's own logits, tried on one sample."""
-    boundary: Boundary = x[:1].to(device, copy=True)
-    for index in range(len(staged.stages)):
-        boundary = _run_stage(staged, index, boundary, f"{name}: x")
-    logits = as_tuple(boundary)[0]
-    if logits.ndim != 2 or logits.shape[0] != 1 or logits.shape[1] == 0:
-        raise ValueError(
-            f"staged: expected logits [1, K] of one class or more for one sample, got shape {tuple(logits.shape)}"
-        )
-    return logits.shape[1]
-
-
 @torch.no_grad()
 def _pooled(staged: StagedModel, x: Tensor, pool: Pool | str, device: torch.device | str, name: str) -> list[Tensor]:
     """The pooled features of every gate, copied: a later stage may work in place."""
     boundary: Boundary = x.to(device, copy=True)
     pooled = []
     for index in range(staged.gate_count):
-        boundary = _run_stage(staged, index, boundary, f"{name}: x")
+        boundary = run_stage(staged, index, boundary, f"{name}: x")
         rows = pool_features(staged.gate_features(index, boundary), pool)
         if len(rows) != len(x):
             raise ValueError(f"staged: stage {index} gave {len(rows)} rows for a batch of {len(x)}")

@@ -92,8 +92,10 @@ def sequential(trace: Trace, costs: Costs, min_accuracy: float) -> OperatingPoin
     return point
 
 
-def search_frontier(trace: Trace, costs: Costs, *, min_accuracy: float | None = None) -> Frontier:
-    """The frontier over all gates' thresholds together; searched hardest around ``min_accuracy`` where one is given."""
+def search_frontier(
+    trace: Trace, costs: Costs, *, min_accuracy: float | None = None, max_cost: float | None = None
+) -> Frontier:
+    """The frontier over all gates' thresholds together; searched hardest around the target, where one is given."""
     search = _Search(trace, costs)
     search.scan_all(search.off)
     best, floor = search.best_correct(), search.worst_correct()
@@ -101,11 +103,20 @@ def search_frontier(trace: Trace, costs: Costs, *, min_accuracy: float | None = 
         search.sequential(int(needed))
     for multiplier in _MULTIPLIERS:
         search.descend(float(multiplier))
-    if min_accuracy is None:
-        return search.frontier(keep=None)
-    needed = _needed(min_accuracy, len(trace.targets))
-    search.refine(needed)
-    return search.frontier(keep=needed)
+    keep = None
+    if min_accuracy is not None:
+        keep = _needed(min_accuracy, len(trace.targets))
+        search.sequential(keep)
+        search.refine(keep)
+    elif max_cost is not None:
+        keep = search.most_correct(max_cost)
+        while keep is not None:  # is one more right answer to be had within the cost?
+            search.refine(keep + 1)
+            more = search.most_correct(max_cost)
+            if more is None or more <= keep:
+                break
+            keep = more
+    return search.frontier(keep)
 
 
 def _needed(accuracy: float, count: int) -> int:
@@ -203,7 +214,7 @@ class _Search:
 
     def refine(self, needed: int) -> None:
         """Search around the cheapest point with ``needed`` right answers: all combinations if few, else pairs."""
-        if self.gate_count < 2 or self.best_correct() < needed:
+        if self.gate_count < 2:
             return
         sizes = [len(values) + 1 for _, values in self.steps]
         if np.prod(sizes[:-1]) <= _EXHAUSTIVE_SCANS:
@@ -211,6 +222,8 @@ class _Search:
                 self.visit(self.gate_count - 1, (*map(float, head), np.inf))
             return
         for _ in range(2):
+            if self.best_correct() < needed:
+                return
             before = thresholds = self.cheapest(needed)
             for first, second in itertools.combinations(range(self.gate_count), 2):
                 for value in self.coarse(first, thresholds[first]):
@@ -233,6 +246,12 @@ class _Search:
 
     def worst_correct(self) -> int:
         return min(int(correct.min()) for correct, _, _ in self.archive)
+
+    def most_correct(self, max_cost: float) -> int | None:
+        """The most right answers of any visited point within a mean cost; None if there is none."""
+        limit = max_cost * self.count * (1 + 1e-12)
+        found = [int(correct[cost <= limit].max()) for correct, cost, _ in self.archive if (cost <= limit).any()]
+        return max(found, default=None)
 
     def cheapest(self, needed: int) -> Thresholds:
         """The cheapest visited thresholds with at least ``needed`` right answers."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,50 @@ from safetensors.torch import save_file
 from torch import nn
 
 from dgate_rt.cost import Costs
-from dgate_rt.errors import ProgramError
+from dgate_rt.errors import ProgramError, SplitError
 from dgate_rt.frontier import Frontier, OperatingPoint
 from dgate_rt.gate import Gate
 from dgate_rt.staged import StagedModel, split
 
 SCHEMA_VERSION = 1
+
+
+def check_thresholds(
+    thresholds: Iterable[float] | torch.Tensor,  # [G]
+    count: int,
+) -> tuple[float, ...]:
+    """Thresholds as numbers.
+
+    Raises:
+        TypeError: if they are no sequence of numbers.
+        ValueError: if there are not ``count`` of them, or one is NaN.
+    """
+    try:
+        values = tuple(float(t) for t in thresholds)
+    except TypeError as error:
+        raise TypeError(f"thresholds: expected {count} numbers, one a gate, got {thresholds!r}") from error
+    if len(values) != count:
+        raise ValueError(f"thresholds: expected {count}, one a gate, got {len(values)}")
+    if any(map(math.isnan, values)):
+        raise ValueError(f"thresholds: expected numbers, got {values}")
+    return values
+
+
+def check_targets(verb: str, targets: Mapping[str, float | None]) -> list[str]:
+    """The names of the targets that are given.
+
+    Raises:
+        ValueError: if there are several, or one is negative or NaN.
+    """
+    given = [name for name, value in targets.items() if value is not None]
+    if len(given) > 1:
+        raise ValueError(f"{verb}: expected one of {', '.join(targets)}, got {' and '.join(given)}")
+    for name, value in targets.items():
+        if value is not None and not value >= 0:
+            raise ValueError(f"{name}: expected a number of at least 0, got {value}")
+    return given
+
+
 _FORMAT = "dgate_rt.program"
 
 
@@ -38,6 +77,11 @@ class GateProgram:
     input_shape: tuple[int, ...]  # one sample
     input_dtype: torch.dtype
 
+    def __post_init__(self) -> None:
+        check_thresholds(self.thresholds, len(self.gates))
+        if len(self.gates) != self.staged.gate_count:
+            raise ValueError(f"gates: expected {self.staged.gate_count}, one a cut, got {len(self.gates)}")
+
     def at(
         self,
         *,
@@ -52,9 +96,8 @@ class GateProgram:
             UnreachableTargetError: when the frontier has no such point; the message says what is reachable.
         """
         targets = {"max_accuracy_drop": max_accuracy_drop, "min_accuracy": min_accuracy, "max_cost": max_cost}
-        given = {name: value for name, value in targets.items() if value is not None}
-        if len(given) != 1:
-            raise ValueError(f"at: expected one of {', '.join(targets)}, got {' and '.join(given) or 'none'}")
+        if not check_targets("at", targets):
+            raise ValueError(f"at: expected one of {', '.join(targets)}, got none")
         if max_cost is not None:
             point = self.frontier.most_accurate(max_cost)
         else:
@@ -68,7 +111,11 @@ class GateProgram:
         return 1 - self.point.cost / self.costs.dense
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the program, without the backbone, to one safetensors file; whole or not at all."""
+        """Write the program, without the backbone, to one safetensors file; whole or not at all.
+
+        Raises:
+            FileNotFoundError: if the folder does not exist.
+        """
         points = self.frontier.points
         tensors = {
             "frontier.thresholds": torch.tensor([p.thresholds for p in points], dtype=torch.float64),
@@ -78,10 +125,11 @@ class GateProgram:
             "thresholds": torch.tensor(self.thresholds, dtype=torch.float64),
         }
         for g, gate in enumerate(self.gates):
-            tensors[f"gates.{g}.weight"] = gate.weight.detach().cpu().contiguous()
-            tensors[f"gates.{g}.bias"] = gate.bias.detach().cpu().contiguous()
+            tensors[f"gates.{g}.weight"] = gate.weight.detach().cpu().clone()  # a gate may serve two cuts
+            tensors[f"gates.{g}.bias"] = gate.bias.detach().cpu().clone()
         header = {
             "cuts": list(self.staged.cuts),
+            "nhwc": list(self.staged.nhwc),
             "pools": [gate.pool.value for gate in self.gates],
             "costs": asdict(self.costs),
             "point": asdict(replace(self.point, thresholds=())),
@@ -91,7 +139,10 @@ class GateProgram:
             "fingerprint": self.staged.fingerprint(),
         }
         metadata = {"format": _FORMAT, "schema": str(SCHEMA_VERSION), "program": json.dumps(header)}
-        partial = Path(f"{os.fspath(path)}.partial")
+        path = Path(path)
+        if not path.parent.is_dir():
+            raise FileNotFoundError(f"path: no such folder: {path.parent}")
+        partial = path.with_name(f"{path.name}.partial")
         save_file(tensors, partial, metadata)
         os.replace(partial, path)
 
@@ -105,19 +156,42 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> GateProgram:
         FileNotFoundError: if there is no such file.
         ProgramError: if the file is damaged, foreign, of another schema, or made for another backbone.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     tensors, header = _read(Path(path))
     try:
-        return _attach(tensors, header, model)
-    except (KeyError, TypeError, AttributeError) as error:
+        staged = _stage(header, model)
+        return _attach(tensors, header, staged)
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
+        if isinstance(error, ProgramError):
+            raise
         raise ProgramError(f"{path}: the program lacks or garbles {error}") from error
 
 
-def _attach(tensors: dict[str, torch.Tensor], header: dict[str, Any], model: nn.Module) -> GateProgram:
-    shape, dtype = tuple(header["input_shape"]), getattr(torch, header["input_dtype"])
-    staged = model if isinstance(model, StagedModel) else split(model, header["cuts"], _example(shape, dtype, model))
+def _stage(header: dict[str, Any], model: nn.Module) -> StagedModel:
+    """The backbone, cut as it was when the program was made."""
+    if isinstance(model, StagedModel):
+        staged = model
+    else:
+        try:
+            example = _example(header["input_shape"], getattr(torch, header["input_dtype"]), model)
+            staged = split(model, header["cuts"], example)
+        except SplitError as error:
+            raise ProgramError(
+                f"backbone: expected a model with cuts {header['cuts']}, got {type(model).__name__}: {error}; "
+                "a program for a hand-made StagedModel wants that StagedModel"
+            ) from error
+    if list(staged.cuts) != header["cuts"]:
+        raise ProgramError(f"backbone: expected cuts {header['cuts']}, got {list(staged.cuts)}")
+    if list(staged.nhwc) != header["nhwc"]:
+        raise ProgramError(f"backbone: expected nhwc {header['nhwc']}, got {list(staged.nhwc)}")
     fingerprint = staged.fingerprint()
     if fingerprint != header["fingerprint"]:
         raise ProgramError(f"backbone: expected fingerprint {header['fingerprint']}, got {fingerprint}")
+    return staged
+
+
+def _attach(tensors: dict[str, torch.Tensor], header: dict[str, Any], staged: StagedModel) -> GateProgram:
     gates = []
     for g, pool in enumerate(header["pools"]):
         weight, bias = tensors[f"gates.{g}.weight"], tensors[f"gates.{g}.bias"]
@@ -136,6 +210,9 @@ def _attach(tensors: dict[str, torch.Tensor], header: dict[str, Any], model: nn.
     rows = zip(
         *(tensors[f"frontier.{name}"].tolist() for name in ("thresholds", "accuracy", "cost", "shares")), strict=True
     )
+    if not len(tensors["frontier.accuracy"]) or tensors["frontier.thresholds"].shape[1] != len(gates):
+        got = list(tensors["frontier.thresholds"].shape)
+        raise ProgramError(f"frontier: expected points of {len(gates)} thresholds, got shape {got}")
     points = tuple(OperatingPoint(tuple(t), accuracy, cost, tuple(shares)) for t, accuracy, cost, shares in rows)
     thresholds = tuple(tensors["thresholds"].tolist())
     at, costs = header["point"], header["costs"]
@@ -147,8 +224,8 @@ def _attach(tensors: dict[str, torch.Tensor], header: dict[str, Any], model: nn.
         frontier=Frontier(points),
         costs=Costs(costs["unit"], tuple(costs["stages"]), tuple(costs["gates"])),
         network_accuracy=header["network_accuracy"],
-        input_shape=shape,
-        input_dtype=dtype,
+        input_shape=tuple(header["input_shape"]),
+        input_dtype=getattr(torch, header["input_dtype"]),
     )
 
 

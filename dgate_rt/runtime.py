@@ -7,11 +7,11 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dgate_rt.errors import ExecutorError
-from dgate_rt.executors import EXECUTORS, GatedModel, Predictions
-from dgate_rt.program import GateProgram
+from dgate_rt.executors import EXECUTORS, GatedModel, Predictions, deploy, prefers_channels_last
+from dgate_rt.program import GateProgram, check_thresholds
 
 
 def compile(
@@ -37,25 +37,28 @@ def compile(
             network convolves images, where it is about twice as fast; otherwise the layout stays as it is.
 
     Raises:
-        ValueError: on an unknown executor or a batch size below one.
+        TypeError: if ``program`` is no program.
+        ValueError: on an unknown executor or device, or a batch size below one.
         ExecutorError: if the device or the executor that was asked for is not to be had here. Nothing falls back.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
+    if not isinstance(program, GateProgram):
+        raise TypeError(f"program: expected a GateProgram, from calibrate or load, got {type(program).__name__}")
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"batch_size: expected a whole number of at least 1, got {batch_size!r}")
     if executor not in ("auto", *EXECUTORS):
         raise ValueError(f"executor: expected one of 'auto', {', '.join(map(repr, EXECUTORS))}, got {executor!r}")
-    device = torch.device(device)
+    try:
+        device = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device: expected a name such as 'cpu' or 'cuda', got {device!r}") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ExecutorError(f"device: {device} was asked for, but torch sees no CUDA device here")
     reason = "asked for"
     if executor == "auto":
         executor, reason = "eager", "exact sub-batch sizes, on any device"
     if channels_last is None:
-        convolves = any(isinstance(m, nn.Conv2d) for m in program.staged.modules())
-        channels_last = device.type == "cpu" and convolves and len(program.input_shape) == 3
-    staged = copy.deepcopy(program.staged).to(device).eval()
-    if channels_last:
-        staged.to(memory_format=torch.channels_last)
+        channels_last = prefers_channels_last(program.staged, program.input_shape, device)
+    staged = deploy(program.staged, device, channels_last)
     model = GatedModel(staged, [copy.deepcopy(gate).to(device) for gate in program.gates], program.thresholds)
     return Runtime(program, model, executor, reason, batch_size, scores, channels_last)
 
@@ -93,13 +96,10 @@ class Runtime:
         """Move the operating point; holds from the next batch on. ``+inf`` switches a gate off.
 
         Raises:
+            TypeError: if it is no sequence of numbers.
             ValueError: if there are not as many as gates, or one is NaN.
         """
-        values = tuple(float(t) for t in thresholds)
-        if len(values) != len(self._model.gates):
-            raise ValueError(f"thresholds: expected {len(self._model.gates)}, one a gate, got {len(values)}")
-        if any(map(math.isnan, values)):
-            raise ValueError(f"thresholds: expected numbers, got {values}")
+        values = check_thresholds(thresholds, len(self._model.gates))
         self._model.set_thresholds(values)
         self._thresholds = values
 
@@ -115,7 +115,8 @@ class Runtime:
             ValueError: if its shape or device is another.
         """
         self._check(x)
-        out = Predictions.empty(len(x), self._classes() if self.scores else None, self.device)
+        with torch.inference_mode(False):  # ordinary tensors, which the caller may change
+            out = Predictions.empty(len(x), self._classes() if self.scores else None, self.device)
         for start in range(0, len(x), self.batch_size):
             stop = min(start + self.batch_size, len(x))
             chunk = x[start:stop]
@@ -125,16 +126,21 @@ class Runtime:
         return out
 
     def describe(self) -> str:
-        """What runs where: executor and why, batch size, layout, and every gate's place, threshold and share."""
-        point = self.program.point
+        """What runs where: executor and why, batch size, layout, and every gate's place and threshold.
+
+        The shares of samples are those of the program's own operating point, and are left out at any other.
+        """
+        known = self._thresholds == self.program.thresholds and self.executor != "dense"
+        shares = [f", {share:.1%} left here on validation data" if known else "" for share in self.program.point.shares]
         layout = "channels_last" if self.channels_last else "as given"
         lines = [
             f"executor {self.executor} ({self.reason}) on {self.device}, batch size {self.batch_size}, layout {layout}"
         ]
         for g, (cut, threshold) in enumerate(zip(self.program.staged.cuts, self._thresholds, strict=True)):
             state = "off" if threshold == math.inf else f"t = {threshold:.4g}"
-            lines.append(f"gate {g} after {cut}: {state}, {point.shares[g]:.1%} left here on validation data")
-        lines.append(f"network's own classifier: {point.shares[-1]:.1%}")
+            state = "not run by this executor" if self.executor == "dense" else state
+            lines.append(f"gate {g} after {cut}: {state}{shares[g]}")
+        lines.append(f"exit {len(self._thresholds)}, the network's own classifier{shares[-1]}")
         return "\n".join(lines)
 
     def _classes(self) -> int:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Union
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from dgate_rt import cutting, tracing
 from dgate_rt.autocut import propose
@@ -96,17 +97,35 @@ class StagedModel(nn.Module):
             yield self.gate_features(index, boundary)
 
     def fingerprint(self) -> str:
-        """SHA-256 over name, dtype, shape and bytes of every parameter and buffer, in stage order."""
+        """SHA-256 over the structure and, byte for byte, every parameter and buffer, in stage order.
+
+        The structure is the class and the declared constants (a convolution's stride, say) of each module, and the
+        operations between them where a stage was traced.
+        """
         digest = hashlib.sha256()
         for index, stage in enumerate(self.stages):
-            for name, tensor in stage.state_dict().items():
+            for line in _structure(stage):
+                digest.update(f"{index}.{line}\n".encode())
+            for name, tensor in itertools.chain(stage.named_parameters(), stage.named_buffers()):
                 digest.update(f"{index}.{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
                 raw = tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8)
-                digest.update(memoryview(raw.numpy()))
+                digest.update(raw.numpy().data)
         return f"sha256:{digest.hexdigest()}"
 
     def extra_repr(self) -> str:
         return f"cuts={list(self.cuts)}"
+
+
+def _structure(stage: nn.Module) -> Iterator[str]:
+    for name, module in stage.named_modules():
+        traced = isinstance(module, fx.GraphModule)
+        constants = [(c, getattr(module, c, None)) for c in sorted(getattr(type(module), "__constants__", ()))]
+        plain = [(c, value) for c, value in constants if isinstance(value, (bool, int, float, str, tuple))]
+        yield f"{name} {'' if traced else type(module).__name__} {plain}"
+        if isinstance(module, fx.GraphModule):
+            for node in module.graph.nodes:
+                target = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+                yield f"{name} {node.op} {target}"
 
 
 def split(

@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
+from dgate_rt.batches import as_pair, check_labels, class_count, run_stage
 from dgate_rt.cost import Costs
-from dgate_rt.gate import Gate, margin_and_label
+from dgate_rt.gate import Gate, margin_and_label, pooled_width
 from dgate_rt.progress import track
-from dgate_rt.staged import StagedModel, as_tuple
+from dgate_rt.staged import Boundary, StagedModel, as_tuple
 
 
 @dataclass(frozen=True)
@@ -71,49 +73,58 @@ def collect_trace(
     *,
     device: torch.device | str = "cpu",
     progress: bool = True,
-) -> tuple[Trace, torch.Tensor]:  # the trace, and the first batch
+) -> tuple[Trace, Tensor]:  # the trace, and a copy of the first batch
     """Run the whole network and every gate over ``loader`` once.
 
     Raises:
-        ValueError: if the loader yields nothing, or a label is outside ``[0, K)``.
+        TypeError, ValueError: if the loader yields nothing, or anything but pairs of a batch that the network takes and
+            integer classes in ``[0, K)``; or if a gate does not fit its features or the network's classes.
     """
-    margins: list[torch.Tensor] = []
-    predictions: list[torch.Tensor] = []
-    targets: list[torch.Tensor] = []
-    example: torch.Tensor | None = None
-    with torch.inference_mode():
-        for x, y in track(loader, "margins on validation data", enabled=progress):
-            batch = torch.as_tensor(x, device=device)
-            example = batch if example is None else example
-            batch_margins, batch_labels = [batch.new_empty((0, len(batch)), dtype=torch.float32)], []
-            for g, boundary in enumerate(
-                staged.boundaries(batch)
-            ):  # scored one by one: the next stage may work in place
-                if g < len(gates):
-                    margin, label = gates[g].score(staged.gate_features(g, boundary))
-                    batch_margins.append(margin[None])
-                    batch_labels.append(label)
-            logits = as_tuple(boundary)[0]
-            _, label = margin_and_label(logits.float())
-            target = torch.as_tensor(y).cpu()
-            _check_targets(target, len(logits), logits.shape[1])
-            margins.append(torch.cat(batch_margins).cpu())
-            predictions.append(torch.stack([*batch_labels, label]).cpu())
-            targets.append(target)
+    margins: list[Tensor] = []
+    predictions: list[Tensor] = []
+    targets: list[Tensor] = []
+    example: Tensor | None = None
+    with torch.no_grad():
+        for number, item in enumerate(track(loader, "margins on validation data", enabled=progress)):
+            x, y = as_pair(item, f"loader: batch {number}")
+            if not len(y):
+                continue
+            if example is None:
+                example = x.to(device, copy=True)
+            batch_margins, batch_labels, classes = _score(staged, gates, x.to(device, copy=True))
+            check_labels(y, classes, f"loader: batch {number}")
+            margins.append(batch_margins.cpu())
+            predictions.append(batch_labels.cpu())
+            targets.append(y)
     if example is None:
-        raise ValueError("loader: expected at least one batch of (x, y), got none")
+        raise ValueError("loader: expected at least one batch of (x, y), got none; a generator can be used only once")
     trace = Trace(
         np.nan_to_num(torch.cat(margins, 1).numpy(), nan=-np.inf, posinf=-np.inf, neginf=-np.inf),
         torch.cat(predictions, 1).numpy(),
-        torch.cat(targets).long().numpy(),
+        torch.cat(targets).numpy(),
     )
     return trace, example
 
 
-def _check_targets(target: torch.Tensor, rows: int, classes: int) -> None:
-    if target.ndim != 1 or len(target) != rows or target.is_floating_point():
-        raise ValueError(f"loader: expected integer labels of shape [{rows}], got {target.dtype} {tuple(target.shape)}")
-    if rows and not 0 <= int(target.min()) <= int(target.max()) < classes:
-        raise ValueError(
-            f"loader: expected labels in [0, {classes}), got values from {int(target.min())} to {int(target.max())}"
-        )
+def _score(
+    staged: StagedModel, gates: Sequence[Gate], x: Tensor
+) -> tuple[Tensor, Tensor, int]:  # margins [G, N], labels [G + 1, N], classes
+    """Every gate on what it reads, one by one, since the next stage may work in place; then the network itself."""
+    margins, labels = [x.new_empty((0, len(x)), dtype=torch.float32)], []
+    boundary: Boundary = x
+    for g, gate in enumerate(gates):
+        boundary = run_stage(staged, g, boundary, "loader: x")
+        features = staged.gate_features(g, boundary)
+        width = pooled_width(tuple(features.shape[1:]), gate.pool)
+        if gate.width != width:
+            raise ValueError(f"gates[{g}]: expected a gate of width {width} after {staged.cuts[g]}, got {gate.width}")
+        margin, label = gate.score(features)
+        margins.append(margin[None])
+        labels.append(label)
+    logits = run_stage(staged, len(gates), boundary, "loader: x")
+    classes = class_count(logits, len(x))
+    for g, gate in enumerate(gates):
+        if gate.classes != classes:
+            raise ValueError(f"gates[{g}]: expected {classes} classes, as the network has, got {gate.classes}")
+    _, label = margin_and_label(as_tuple(logits)[0].float())
+    return torch.cat(margins), torch.stack([*labels, label]), classes

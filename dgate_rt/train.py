@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from dgate_rt.batches import check_staged
 from dgate_rt.features import SKIP, DiskCache, FeatureCache, Features, collect
 from dgate_rt.gate import Gate, Pool, margin_and_label
 from dgate_rt.progress import note, track
@@ -268,7 +269,7 @@ def _solve(problem: _Problem, epochs: int, lr: float, polish: int, generator: to
             parameters, max_iter=ROUND, tolerance_grad=1e-9, tolerance_change=1e-9, line_search_fn="strong_wolfe"
         )
         before = math.inf
-        for _ in range(polish // ROUND // len(widths)):
+        for _ in range(math.ceil(polish / ROUND / len(widths))):
             value = lbfgs.step(lambda width=width: problem.differentiate(problem.rows, width)).item()  # at its start
             yield
             if value > before * (1 - CONVERGED):
@@ -297,6 +298,7 @@ def _check_arguments(
     device: torch.device | str,
     cache_gb: float,
 ) -> tuple[Pool, torch.device]:
+    wanted = check_staged(staged, device)
     if staged.gate_count == 0:
         raise ValueError("staged: expected at least one cut to put a gate at, got none")
     if loss not in LOSSES:
@@ -308,10 +310,6 @@ def _check_arguments(
     for name, value, least in (("lr", lr, "above 0"), ("cache_gb", cache_gb, "above 0"), ("l2", l2, "at least 0")):
         if not (value > 0 or (name == "l2" and value == 0)) or (name != "cache_gb" and math.isinf(value)):
             raise ValueError(f"{name}: expected a number {least}, got {value}")
-    wanted = torch.empty(0, device=device).device
-    for name, parameter in staged.named_parameters():
-        if parameter.device != wanted:
-            raise ValueError(f"device: expected {parameter.device}, where staged has {name}, got {device!r}")
     return Pool(pool), wanted
 
 

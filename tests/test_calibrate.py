@@ -115,15 +115,20 @@ def test_bad_targets_are_refused(digits, targets, message):
     ("batches", "message"),
     [
         ([], "loader: expected at least one batch"),
-        ([(torch.zeros(2, 1, 8, 8), torch.tensor([0, 10]))], r"expected labels in \[0, 10\), got values from 0 to 10"),
-        ([(torch.zeros(2, 1, 8, 8), torch.tensor([0.0, 1.0]))], "expected integer labels"),
-        ([(torch.zeros(2, 1, 8, 8), torch.tensor([0]))], r"expected integer labels of shape \[2\]"),
+        (
+            [(torch.zeros(2, 1, 8, 8), torch.tensor([0, 10]))],
+            r"expected labels in 0\.\.9, as the network has 10 classes, got 0\.\.10",
+        ),
+        ([(torch.zeros(2, 1, 8, 8), torch.tensor([0.0, 1.0]))], "expected y of an integer dtype"),
+        ([(torch.zeros(2, 1, 8, 8), torch.tensor([0]))], r"expected y \[N\], a class for each x"),
+        ([(torch.zeros(2, 3, 8, 8), torch.tensor([0, 1]))], r"loader: x: stage 0 does not take .* \(2, 3, 8, 8\)"),
+        ([torch.zeros(2, 1, 8, 8)], r"loader: batch 0: expected a pair \(x, y\), got Tensor"),
     ],
-    ids=["empty", "range", "float", "length"],
+    ids=["empty", "range", "float", "length", "channels", "no pair"],
 )
 def test_bad_data_is_refused(digits, batches, message):
     staged, gates, _ = digits
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         dg.calibrate(staged, gates, batches, progress=False)
 
 
@@ -131,3 +136,61 @@ def test_one_gate_a_cut(digits):
     staged, gates, loader = digits
     with pytest.raises(ValueError, match="gates: expected 2, one a cut, got 1"):
         dg.calibrate(staged, gates[:1], loader, progress=False)
+
+
+class InPlace(nn.Module):
+    """Works in place on its input, as some networks begin."""
+
+    def forward(self, x):
+        return x.clamp_(min=0)
+
+
+class Centred(nn.Module):
+    """Mixes the samples of a batch."""
+
+    def forward(self, x):
+        return x - x.mean(0)
+
+
+def test_validation_data_stays_as_it_is():
+    staged = dg.StagedModel([InPlace(), nn.Linear(4, 3)]).eval()
+    x, y = torch.randn(20, 4), torch.randint(3, (20,))
+    before = x.clone()
+    for given in (x, x.numpy()):
+        dg.calibrate(staged, [dg.Gate(4, 3)], [(given, y)], progress=False)
+        assert torch.equal(x, before)
+
+
+def test_an_empty_batch_is_passed_over(digits):
+    staged, gates, loader = digits
+    batches = [(torch.zeros(0, 1, 8, 8), torch.zeros(0, dtype=torch.int64)), *loader]
+    program = dg.calibrate(staged, gates, batches, progress=False)
+    assert program.point == dg.calibrate(staged, gates, loader, progress=False).point
+
+
+def test_a_hand_made_stage_that_mixes_samples_is_refused():
+    staged = dg.StagedModel([Centred(), nn.Linear(4, 3)]).eval()
+    with pytest.raises(dg.SplitError, match=r"stage 0 does not treat samples independently.*Centred"):
+        dg.calibrate(staged, [dg.Gate(4, 3)], [(torch.randn(9, 4), torch.zeros(9, dtype=torch.int64))], progress=False)
+
+
+@pytest.mark.parametrize(
+    ("gate", "message"),
+    [
+        (dg.Gate(5, 3), r"gates\[0\]: expected a gate of width 4 after stage0, got 5"),
+        (dg.Gate(4, 7), r"gates\[0\]: expected 3 classes, as the network has, got 7"),
+    ],
+    ids=["width", "classes"],
+)
+def test_a_gate_that_does_not_fit_is_named(gate, message):
+    staged = dg.StagedModel([nn.Linear(4, 4), nn.Linear(4, 3)]).eval()
+    with pytest.raises(ValueError, match=message):
+        dg.calibrate(staged, [gate], [(torch.randn(9, 4), torch.zeros(9, dtype=torch.int64))], progress=False)
+
+
+def test_what_is_not_staged_or_no_gate_is_refused(digits):
+    staged, _, loader = digits
+    with pytest.raises(TypeError, match="staged: expected a StagedModel, as split returns it, got Linear"):
+        dg.calibrate(nn.Linear(2, 2), [], loader)
+    with pytest.raises(TypeError, match="gates: expected Gate modules, got Linear"):
+        dg.calibrate(staged, [nn.Linear(2, 2)] * 2, loader)

@@ -135,3 +135,16 @@ def test_a_network_without_gates_has_one_point():
     (point,) = search_frontier(trace, costs, min_accuracy=trace.network_accuracy).points
     assert (point.thresholds, point.cost, point.shares) == ((), pytest.approx(costs.dense), (1.0,))
     assert Frontier((point,)).cheapest(0.0) == point
+
+
+@pytest.mark.parametrize("gates", [1, 2, 3])
+def test_within_a_cost_the_best_accuracy_is_found_on_tiny_cases(gates):
+    costs = costs_for(gates)
+    for seed in range(8):
+        trace = make_trace(9, seed, gates)
+        candidates = [[np.inf, *values] for _, values in _Search(trace, costs).steps]
+        replays = [trace.replay(t, costs) for t in itertools.product(*candidates)]
+        for limit in np.linspace(min(r.cost for r in replays), costs.dense, 5):
+            best = max(r.accuracy for r in replays if r.cost <= limit + 1e-9)
+            found = search_frontier(trace, costs, max_cost=limit + 1e-9).most_accurate(limit + 1e-9)
+            assert found.accuracy == pytest.approx(best)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import dgate_rt as dg
+from dgate_rt import StagedModel
 
 
 class Net(nn.Module):
@@ -123,3 +125,45 @@ def test_at_takes_exactly_one_target(program):
         program.at()
     with pytest.raises(ValueError, match="got min_accuracy and max_cost"):
         program.at(min_accuracy=0.5, max_cost=1.0)
+
+
+def test_other_cuts_are_refused(path):
+    with pytest.raises(dg.ProgramError, match=r"backbone: expected cuts \['stem', 'block'\], got \['stem', 'head'\]"):
+        dg.load(path, StagedModel([nn.Conv2d(1, 4, 3), nn.Conv2d(4, 6, 3), nn.Linear(6, 3)], ["stem", "head"]))
+
+
+def test_the_same_weights_in_another_network_are_refused(path):
+    class Other(Net):
+        def forward(self, x):
+            return self.head(nn.functional.gelu(self.block(self.stem(x).relu())).mean((2, 3)))
+
+    strided = Net()
+    strided.block.stride = (2, 2)
+    for model in (Other(), strided):
+        with pytest.raises(dg.ProgramError, match="backbone: expected fingerprint"):
+            dg.load(path, model.eval())
+
+
+def test_a_model_without_the_cut_modules_is_refused(path):
+    with pytest.raises(dg.ProgramError, match=r"backbone: expected a model with cuts .* got Linear"):
+        dg.load(path, nn.Linear(8, 3).eval())
+    with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module, got str"):
+        dg.load(path, "net")
+
+
+def test_one_gate_may_serve_two_cuts(tmp_path):
+    staged = StagedModel([nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)]).eval()
+    gate, x = dg.Gate(4, 3), torch.randn(5, 4)
+    make_program(staged, nn.ModuleList([gate, gate]), (0.0, 0.0), x).save(tmp_path / "p")
+    assert dg.load(tmp_path / "p", staged).thresholds == (0.0, 0.0)
+
+
+def test_a_missing_folder_is_named(program, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        program.save(tmp_path / "missing" / "program.safetensors")
+
+
+@pytest.mark.parametrize("thresholds", [(0.0,), (0.0, float("nan"))], ids=["count", "nan"])
+def test_a_program_has_a_number_for_every_gate(program, thresholds):
+    with pytest.raises(ValueError, match="thresholds: expected"):
+        replace(program, thresholds=thresholds)

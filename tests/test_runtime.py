@@ -205,7 +205,7 @@ def test_wrong_thresholds_are_refused_and_nothing_changes(run, thresholds, messa
 
 def test_compile_refuses_what_it_cannot_do(tiny_staged, tiny_gates, tiny_images):
     program = make_program(tiny_staged, tiny_gates, (0.5,) * 3, tiny_images)
-    with pytest.raises(ValueError, match="batch_size: expected at least 1, got 0"):
+    with pytest.raises(ValueError, match="batch_size: expected a whole number of at least 1, got 0"):
         dg.compile(program, batch_size=0)
     with pytest.raises(ValueError, match="executor: expected one of 'auto', 'dense', 'eager', got 'fast'"):
         dg.compile(program, executor="fast")
@@ -231,3 +231,27 @@ def test_eager_on_cuda_agrees(tiny_staged, tiny_gates, tiny_images, share):
     with torch.inference_mode():
         _, _, exits = reference.predict(tiny_staged, tiny_gates, thresholds, tiny_images)
     assert ((out.exits.cpu() == exits) | ((margins - torch.tensor(thresholds)[:, None]).abs() < 1e-2).any(0)).all()
+
+
+def test_compiled_and_run_inside_inference_mode(tiny_staged, tiny_gates, tiny_images):
+    program = make_program(tiny_staged, tiny_gates, (INF,) * 3, tiny_images)
+    with torch.inference_mode():
+        run = dg.compile(program)
+    run.set_thresholds([-100.0, INF, INF])
+    with torch.inference_mode():
+        out = run(tiny_images)
+        run.set_thresholds([INF, -100.0, INF])
+    assert (out.exits == 0).all()
+    out.scores.add_(1)  # ordinary tensors
+    assert (run(tiny_images).exits == 1).all()
+
+
+def test_describe_leaves_out_shares_that_are_not_those_of_the_thresholds(run):
+    assert "left here on validation data" in run.describe()
+    run.set_thresholds([-100.0, INF, INF])
+    assert "left here on validation data" not in run.describe()
+
+
+def test_dense_says_that_it_runs_no_gate(tiny_staged, tiny_gates, tiny_images):
+    program = make_program(tiny_staged, tiny_gates, (0.5,) * 3, tiny_images)
+    assert dg.compile(program, executor="dense").describe().count("not run by this executor") == 3

@@ -1,9 +1,18 @@
 """The ladder of executors, from the plainest to the fastest; each answers every sample alike."""
 
-from dgate_rt.executors.base import Executor, GatedModel, Predictions
+from dgate_rt.executors.base import Executor, GatedModel, Predictions, deploy, prefers_channels_last
 from dgate_rt.executors.dense import DenseExecutor
 from dgate_rt.executors.eager import EagerExecutor
 
 EXECUTORS: dict[str, type[Executor]] = {e.name: e for e in (DenseExecutor, EagerExecutor)}
 
-__all__ = ["EXECUTORS", "DenseExecutor", "EagerExecutor", "Executor", "GatedModel", "Predictions"]
+__all__ = [
+    "EXECUTORS",
+    "DenseExecutor",
+    "EagerExecutor",
+    "Executor",
+    "GatedModel",
+    "Predictions",
+    "deploy",
+    "prefers_channels_last",
+]

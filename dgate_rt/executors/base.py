@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -52,8 +53,20 @@ class GatedModel:
 
     def set_thresholds(self, thresholds: tuple[float, ...]) -> None:
         """Move the operating point; the tensor executors read is written in place."""
-        self.thresholds.copy_(torch.tensor(thresholds, dtype=torch.float32))
+        with torch.inference_mode():  # allowed whether or not the tensor was made in it
+            self.thresholds.copy_(torch.tensor(thresholds, dtype=torch.float32))
         self.active = tuple(t != float("inf") for t in thresholds)
+
+
+def prefers_channels_last(staged: StagedModel, input_shape: Sequence[int], device: torch.device) -> bool:
+    """Whether the network runs in channels_last unless told otherwise: images convolved on the CPU."""
+    return device.type == "cpu" and len(input_shape) == 3 and any(isinstance(m, nn.Conv2d) for m in staged.modules())
+
+
+def deploy(staged: StagedModel, device: torch.device, channels_last: bool) -> StagedModel:
+    """A copy of the network to run: on ``device``, in eval mode, its weights in the wanted memory format."""
+    copied = copy.deepcopy(staged).to(device).eval()
+    return copied.to(memory_format=torch.channels_last) if channels_last else copied
 
 
 class Executor(Protocol):
