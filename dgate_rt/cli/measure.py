@@ -108,9 +108,9 @@ def _memory_table(sizes: Sequence[int], peaks: dict[tuple[int, str], Peak]) -> A
     for size in sizes:
         dense, eager = peaks[size, "dense"], peaks[size, "eager"]
         ratio = eager.peak / dense.peak
-        above = (eager.peak - eager.idle) / (dense.peak - dense.idle)
-        lines.append((str(size), f"{dense.peak:.0f}", f"{eager.peak:.0f}", f"{ratio:.3f}", f"{above:.3f}"))
-    return table(("B", "dense peak MiB", "eager peak MiB", "ratio", "ratio above idle"), lines, left=0)
+        above = [f"{peak.peak - peak.idle:.0f}" for peak in (dense, eager)]
+        lines.append((str(size), f"{dense.peak:.0f}", f"{eager.peak:.0f}", f"{ratio:.3f}", " / ".join(above)))
+    return table(("B", "dense peak MiB", "eager peak MiB", "ratio", "above idle MiB"), lines, left=0)
 
 
 def _peaks(sizes: Sequence[int]) -> dict[tuple[int, str], Peak]:
