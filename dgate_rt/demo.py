@@ -257,8 +257,10 @@ def _times(programs: Mapping[str, GateProgram], images: Tensor, progress: bool) 
     ticks = track(range(_ROUNDS + 1), "dense and gated in turn", enabled=progress)
     jobs = [lambda run=run: run(sample) for run in runs.values()]
     timings = interleaved(jobs, repeats=_ROUNDS, on_round=lambda: next(ticks, None))
-    per_sample = [{key: value / len(sample) for key, value in asdict(timing).items()} for timing in timings]
-    return dict(zip(runs, per_sample, strict=True))
+    per_sample = [timing.per(len(sample)) for timing in timings]
+    return {
+        name: {"median": ms.median, "p20": ms.p20, "p80": ms.p80} for name, ms in zip(runs, per_sample, strict=True)
+    }
 
 
 def _rows(
