@@ -255,3 +255,33 @@ def test_describe_leaves_out_shares_that_are_not_those_of_the_thresholds(run):
 def test_dense_says_that_it_runs_no_gate(tiny_staged, tiny_gates, tiny_images):
     program = make_program(tiny_staged, tiny_gates, (0.5,) * 3, tiny_images)
     assert dg.compile(program, executor="dense").describe().count("not run by this executor") == 3
+
+
+def test_what_passes_through_a_stage_survives_the_next_packing():
+    """An identity returns the very memory into which the survivors were packed."""
+    x = torch.randn(40, 6)
+    staged = StagedModel(stages=[torch.nn.Linear(6, 6), torch.nn.Identity(), torch.nn.ReLU(inplace=True)]).eval()
+    gates = random_gates(staged, x, classes=6)
+    thresholds = thresholds_for(all_margins(staged, gates, x), 0.3)
+    run = dg.compile(make_program(staged, gates, thresholds, x))
+    with torch.inference_mode():
+        labels, scores, exits = reference.predict(staged, gates, thresholds, x)
+    for _ in range(3):
+        out = run(x)
+        assert torch.equal(out.exits, exits)
+        assert torch.equal(out.labels, labels)
+        torch.testing.assert_close(out.scores, scores)
+    assert set(exits.tolist()) == {0, 1, 2}
+
+
+def test_several_threads_may_share_a_runtime(tiny_staged, tiny_gates, images):
+    from concurrent.futures import ThreadPoolExecutor
+
+    margins = all_margins(tiny_staged, tiny_gates, images)
+    run = dg.compile(make_program(tiny_staged, tiny_gates, thresholds_for(margins, 0.3), images))
+    parts = images.split(125)
+    expected = [run(part) for part in parts]
+    with ThreadPoolExecutor(4) as pool:
+        for got, wanted in zip(pool.map(run, parts), expected, strict=True):
+            assert torch.equal(got.exits, wanted.exits)
+            assert torch.equal(got.scores, wanted.scores)

@@ -1,10 +1,12 @@
 """Exact sub-batches, launched by the host, which waits for the survivor count after each gate.
 
-Runs everywhere. Features are read once by the fused score; nothing is copied at a gate where nobody leaves, and
-survivors are packed into memory of exactly their size.
+Runs everywhere. Features are read once by the fused score, and nothing is copied at a gate where nobody leaves.
+Survivors are packed into memory that is kept from batch to batch: fresh pages cost more than the copy.
 """
 
 from __future__ import annotations
+
+import threading
 
 import torch
 from torch import Tensor
@@ -22,6 +24,7 @@ class EagerExecutor:
 
     def __init__(self, model: GatedModel) -> None:
         self.model = model
+        self._arenas = threading.local()  # each thread that calls the runtime packs into its own
 
     def run(self, x: Tensor, out: Predictions) -> None:
         model = self.model
@@ -43,7 +46,7 @@ class EagerExecutor:
             if survivors == len(ids):
                 continue
             src = [_row_dense(t) for t in as_tuple(boundary)]
-            dest = [_empty_rows(t, survivors) for t in src]
+            dest = self._arena(src, survivors)
             dest_ids, dest_count = ids.new_empty(survivors), torch.zeros((), dtype=torch.int32, device=ids.device)
             ops.route_(
                 src, ids, margin, label, None, model.thresholds, g,
@@ -58,6 +61,30 @@ class EagerExecutor:
         out.exits[ids] = len(model.gates)
         if out.distances is not None:
             out.distances.index_copy_(0, ids, logits)
+
+    def _arena(self, src: list[Tensor], count: int) -> list[Tensor]:
+        """Unwritten memory for ``count`` rows laid out as those of each tensor of ``src``.
+
+        One arena serves all gates, since a stage has read it before the next gate writes; where what a stage returned
+        still lies in it (an identity, or a tensor that only passes through), a new one takes its place.
+        """
+        sizes = [_bytes_of(t, count) for t in src]
+        arena: Tensor | None = getattr(self._arenas, "bytes", None)
+        used = arena is not None and any(_same_memory(t, arena) for t in src)
+        if arena is None or used or len(arena) < sum(sizes) or arena.device != src[0].device:
+            with torch.inference_mode(False):
+                arena = torch.empty(sum(sizes), dtype=torch.uint8, device=src[0].device)
+            self._arenas.bytes = arena
+        rows = []
+        for t, part in zip(src, arena[: sum(sizes)].split(sizes), strict=True):
+            row = t[0].numel()
+            values = part[: count * row * t.element_size()].view(t.dtype)
+            rows.append(values.as_strided((count, *t.shape[1:]), (row, *t.stride()[1:])))
+        return rows
+
+
+def _same_memory(a: Tensor, b: Tensor) -> bool:
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
 def _row_dense(t: Tensor) -> Tensor:
@@ -75,7 +102,6 @@ def _is_dense(row: Tensor) -> bool:
     return True
 
 
-def _empty_rows(t: Tensor, count: int) -> Tensor:
-    """Unwritten memory for ``count`` rows laid out as those of ``t``."""
-    row = t[0].numel()
-    return torch.empty_strided((count, *t.shape[1:]), (row, *t.stride()[1:]), dtype=t.dtype, device=t.device)
+def _bytes_of(t: Tensor, count: int) -> int:
+    """Bytes that ``count`` rows like those of ``t`` take, up to a multiple of 64."""
+    return -(-count * t[0].numel() * t.element_size() // 64) * 64
