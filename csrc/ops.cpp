@@ -19,7 +19,7 @@ std::string build_info() { return std::string(kCompiler) + "\n" + TORCH_VERSION;
 STABLE_TORCH_LIBRARY_IMPL(dgate_rt, CPU, library) {
   library.impl("gate_score", TORCH_BOX(&dgate_rt::gate_score));
   library.impl("gate_distances", TORCH_BOX(&dgate_rt::gate_distances));
-  library.impl("route_", TORCH_BOX(&dgate_rt::route_));
+  library.impl("route_", TORCH_BOX(&dgate_rt::route_<dgate_rt::route_on_cpu>));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dgate_rt, CompositeExplicitAutograd, library) {

@@ -13,7 +13,7 @@ Decision Gates", CVPR Workshops 2019.
 from dgate_rt.calibrate import calibrate
 from dgate_rt.errors import ExecutorError, ProgramError, SplitError, UnreachableTargetError
 from dgate_rt.executors import Predictions
-from dgate_rt.gate import Gate, Pool
+from dgate_rt.gate import Criterion, Gate, Pool
 from dgate_rt.program import GateProgram, load
 from dgate_rt.runtime import Runtime, compile
 from dgate_rt.staged import StagedModel, split
@@ -22,6 +22,7 @@ from dgate_rt.train import fit
 __version__ = "0.1.0"
 
 __all__ = [
+    "Criterion",
     "ExecutorError",
     "Gate",
     "GateProgram",

@@ -1,8 +1,8 @@
 """When a sample may leave: the margin of a decision gate.
 
 A gate is one linear layer over pooled features (Shafiee et al. 2019, section 2.2). Its outputs are signed distances
-to the one-vs-all hyperplanes; the largest is the margin. Pooling, margin, label and the exit rule are each written
-once, here; every kernel is held to them through `reference.py`.
+to the one-vs-all hyperplanes; the largest is the margin. Pooling, margin, label, the other criteria and the exit rule
+are each written once, here; every kernel is held to them through `reference.py`.
 """
 
 from __future__ import annotations
@@ -63,6 +63,43 @@ def margin_and_label(
     return margin, attains.to(torch.uint8).argmax(1)
 
 
+class Criterion(str, Enum):
+    """What a gate makes of its K distances to say how sure it is; larger is surer, whatever the criterion.
+
+    The paper's is the margin. The others are for heads trained with cross-entropy, as in BranchyNet (Teerapittayanon
+    et al. 2016, section III), whose distances are logits.
+    """
+
+    MARGIN = "margin"
+    """The largest distance, ``max_k d_k``."""
+    SOFTMAX = "softmax"
+    """The largest softmax probability, ``max_k softmax(d)_k``; from 1/K to 1."""
+    ENTROPY = "entropy"
+    """The entropy of the softmax in nats, negated, ``sum_k p_k log p_k``; from ``-log K`` to 0."""
+
+
+def confidence_and_label(
+    distances: Tensor,  # [N, K] float32
+    criterion: Criterion | str = Criterion.MARGIN,
+) -> tuple[Tensor, Tensor]:  # confidence [N] float32, label [N] int64
+    """What an exit compares with its threshold, and the label, which is that of `margin_and_label` for every criterion.
+
+    A row with a NaN or ``+inf`` has no softmax: its confidence is NaN for those two criteria. A distance of ``-inf``
+    has probability 0.
+    """
+    criterion = Criterion(criterion)
+    margin, label = margin_and_label(distances)
+    if criterion is Criterion.MARGIN:
+        return margin, label
+    shifted = distances - margin[:, None]
+    weights = shifted.exp()
+    total = weights.sum(1)
+    if criterion is Criterion.SOFTMAX:
+        return 1 / total, label
+    weighted = torch.where(weights == 0, weights, weights * shifted).sum(1)  # 0 log 0 = 0
+    return weighted / total - total.log(), label
+
+
 def leaves(
     margin: Tensor,  # [N] float32
     threshold: Tensor | float,  # scalar
@@ -84,16 +121,20 @@ class Gate(nn.Module):
         width: length of the pooled feature vector, C.
         classes: number of classes, K; at least one.
         pool: see `Pool`.
+        criterion: what the threshold is compared with, see `Criterion`.
     """
 
     weight: nn.Parameter  # [K, C] float32
     bias: nn.Parameter  # [K] float32
 
-    def __init__(self, width: int, classes: int, pool: Pool | str = Pool.AVG) -> None:
+    def __init__(
+        self, width: int, classes: int, pool: Pool | str = Pool.AVG, criterion: Criterion | str = Criterion.MARGIN
+    ) -> None:
         super().__init__()
         if width < 1 or classes < 1:
             raise ValueError(f"width and classes must be at least 1, got width={width}, classes={classes}")
         self.pool = Pool(pool)
+        self.criterion = Criterion(criterion)
         self.weight = nn.Parameter(torch.zeros(classes, width))
         self.bias = nn.Parameter(torch.zeros(classes))
 
@@ -114,10 +155,21 @@ class Gate(nn.Module):
         return nn.functional.linear(pooled, self.weight.float(), self.bias.float())
 
     def score(self, features: Tensor) -> tuple[Tensor, Tensor]:  # margin [N] float32, label [N] int64
-        """Margin and label of every sample, through the fused operator (`ops.gate_score`)."""
+        """Margin (by `criterion`) and label of every sample, through the fused operator (`ops.gate_score`)."""
         from dgate_rt import ops
 
-        return ops.gate_score(features, self.weight.detach(), self.bias.detach(), self.pool)
+        return ops.gate_score(features, self.weight.detach(), self.bias.detach(), self.pool, criterion=self.criterion)
+
+    def distances(
+        self, features: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:  # margin [N] float32, label [N] int64, distances [N, K] float32
+        """`score`, with the distances to all classes (`ops.gate_distances`)."""
+        from dgate_rt import ops
+
+        return ops.gate_distances(
+            features, self.weight.detach(), self.bias.detach(), self.pool, criterion=self.criterion
+        )
 
     def extra_repr(self) -> str:
-        return f"width={self.width}, classes={self.classes}, pool={self.pool.value!r}"
+        text = f"width={self.width}, classes={self.classes}, pool={self.pool.value!r}"
+        return text if self.criterion is Criterion.MARGIN else f"{text}, criterion={self.criterion.value!r}"

@@ -1,39 +1,43 @@
 """The operators ``torch.ops.dgate_rt.*``: schemas, fakes, dispatch, and a checked Python function for each.
 
-CPU tensors go to the C++ kernels of the extension. Where it is not built, and for tensors of any other device, the
-plain-PyTorch `reference` runs instead and a warning says so once; on a GPU it is correct but waits for the device.
+CPU tensors go to the C++ kernels of the extension; CUDA tensors to the Triton kernels (scores) and to the extension's
+CUDA half (route). Where one of them is missing the plain-PyTorch `reference` runs instead and a warning says so once;
+on a GPU it is correct but waits for the device.
 """
 
 from __future__ import annotations
 
 import functools
-import math
+import importlib.util
 import warnings
 from collections.abc import Callable, Sequence
+from enum import IntFlag
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensorMode
 
 from dgate_rt import reference
-from dgate_rt.gate import Pool
-
-_FEATURE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from dgate_rt.checks import check_gate, check_route
+from dgate_rt.gate import Criterion, Pool
 
 _library = torch.library.Library("dgate_rt", "DEF")
 _library.define(
-    "gate_score(Tensor features, Tensor weight, Tensor bias, str pool, Tensor? count=None)"
+    "gate_score(Tensor features, Tensor weight, Tensor bias, str pool, Tensor? count=None, str criterion='margin')"
     " -> (Tensor margin, Tensor label)"
 )
 _library.define(
-    "gate_distances(Tensor features, Tensor weight, Tensor bias, str pool, Tensor? count=None)"
+    "gate_distances(Tensor features, Tensor weight, Tensor bias, str pool, Tensor? count=None, str criterion='margin')"
     " -> (Tensor margin, Tensor label, Tensor distances)"
 )
 _library.define(
     "route_(Tensor[] src, Tensor ids, Tensor margin, Tensor label, Tensor? count, Tensor thresholds, int gate,"
     " Tensor(a!)[] dest, Tensor(b!) dest_ids, Tensor(c!) dest_count, Tensor(d!) out_labels, Tensor(e!) out_scores,"
-    " Tensor(f!) out_exits, bool append=False) -> ()"
+    " Tensor(f!) out_exits, Tensor? waiting=None, Tensor? buckets=None, Tensor(g!)? bucket=None,"
+    " Tensor? handles=None, Tensor(h!)? status=None) -> ()"
 )
 _library.define("build_info() -> str")
 _library.define("cuda_info() -> int[]")
@@ -44,18 +48,21 @@ def gate_score(
     weight: Tensor,  # [K, C] float32
     bias: Tensor,  # [K] float32
     pool: Pool | str = Pool.AVG,
-    count: Tensor | None = None,  # [] int32
+    count: Tensor | None = None,  # [] int32, on the device
+    criterion: Criterion | str = Criterion.MARGIN,
 ) -> tuple[Tensor, Tensor]:  # margin [N] float32, label [N] int64
     """Score every row: ``margin = max_k (weight @ pool(features) + bias)_k``, ``label`` its argmax.
 
-    Ties go to the lowest class. A row with a NaN distance has a NaN margin, and so never exits. Rows at and after
-    ``count`` are not read; their margin and label are zero.
+    With another ``criterion`` the first output is that criterion's value, see `Criterion`. Ties go to the lowest class.
+    A row with a NaN distance has a NaN margin, and so never exits. Rows at and after ``count`` are not read; their
+    margin and label are zero.
 
     Raises:
         ValueError: if an argument does not fit the features in shape, dtype or device, or there is no class.
     """
-    _check_gate(features, weight, bias, pool, count)
-    return _call(torch.ops.dgate_rt.gate_score.default, features, weight, bias, Pool(pool).value, count)
+    check_gate(features, weight, bias, pool, count, criterion)
+    operator = torch.ops.dgate_rt.gate_score.default
+    return _call(operator, features, weight, bias, Pool(pool).value, count, Criterion(criterion).value)
 
 
 def gate_distances(
@@ -63,15 +70,17 @@ def gate_distances(
     weight: Tensor,  # [K, C] float32
     bias: Tensor,  # [K] float32
     pool: Pool | str = Pool.AVG,
-    count: Tensor | None = None,  # [] int32
+    count: Tensor | None = None,  # [] int32, on the device
+    criterion: Criterion | str = Criterion.MARGIN,
 ) -> tuple[Tensor, Tensor, Tensor]:  # margin [N] float32, label [N] int64, distances [N, K] float32
     """`gate_score`, with the signed distances to all classes.
 
     Raises:
         ValueError: as `gate_score`.
     """
-    _check_gate(features, weight, bias, pool, count)
-    return _call(torch.ops.dgate_rt.gate_distances.default, features, weight, bias, Pool(pool).value, count)
+    check_gate(features, weight, bias, pool, count, criterion)
+    operator = torch.ops.dgate_rt.gate_distances.default
+    return _call(operator, features, weight, bias, Pool(pool).value, count, Criterion(criterion).value)
 
 
 def route_(
@@ -88,38 +97,53 @@ def route_(
     out_labels: Tensor,  # [M] int64
     out_scores: Tensor,  # [M] float32
     out_exits: Tensor,  # [M] int64
-    append: bool = False,
+    waiting: Tensor | None = None,  # [] int32
+    buckets: Tensor | None = None,  # [B] int32, ascending
+    bucket: Tensor | None = None,  # [] int32
+    handles: Tensor | None = None,  # [G] int64, CUDA only
+    status: Tensor | None = None,  # [] int32
 ) -> None:
     """Let go the rows whose margin is finite and ``>= thresholds[gate]``; pack the others into ``dest``.
 
     Those that leave write label, margin and ``gate`` to the outputs at their id. The others are copied, in order, with
-    their ids, to the front of ``dest``, or with ``append`` behind the ``dest_count`` rows that wait there;
-    ``dest_count`` becomes the number of rows in ``dest``. Rows are copied as bytes: each must lie in one run of memory,
-    and ``src`` and ``dest`` must not overlap. On an error nothing is written.
+    their ids, to the front of ``dest``, or behind the ``waiting`` rows that are there already; ``dest_count`` becomes
+    the number of rows in ``dest``. Rows are copied as bytes: each must lie in one run of memory. What is written must
+    be memory of its own; so ``waiting`` is not ``dest_count``, which a device could not read and write in one launch.
+
+    ``bucket`` becomes the index of the smallest of ``buckets`` that holds ``dest_count`` rows, or their number B where
+    no row goes on. On CUDA ``handles[gate]``, unless it is 0, is a ``cudaGraphConditionalHandle`` that gets that index.
+
+    Numbers that lie on the device are checked there. On the CPU a wrong one is an error; on CUDA it adds a
+    `RouteError` to ``status``, which is never cleared here. Either way nothing is written (see `RouteError.ID`).
 
     Raises:
-        ValueError: if arguments do not fit each other, an id is no index of the outputs, or ``dest`` is too small.
+        ValueError: if arguments do not fit each other, an id is no index of the outputs, or ``dest`` or the largest
+            bucket is too small.
     """
-    _check_route(
-        src, ids, margin, label, count, thresholds, gate, dest, dest_ids, dest_count, out_labels, out_scores, out_exits
-    )
+    check_route(
+        src, ids, margin, label, count, thresholds, gate, dest, dest_ids, dest_count, out_labels, out_scores, out_exits,
+        waiting, buckets, bucket, handles, status,
+    )  # fmt: skip
     _call(
         torch.ops.dgate_rt.route_.default,
-        src,
-        ids,
-        margin,
-        label,
-        count,
-        thresholds,
-        gate,
-        dest,
-        dest_ids,
-        dest_count,
-        out_labels,
-        out_scores,
-        out_exits,
-        append,
-    )
+        src, ids, margin, label, count, thresholds, gate, dest, dest_ids, dest_count, out_labels, out_scores, out_exits,
+        waiting, buckets, bucket, handles, status,
+    )  # fmt: skip
+
+
+class RouteError(IntFlag):
+    """What ``status`` tells of a route on CUDA; as in ``csrc/cuda/route_arguments.h``."""
+
+    COUNT = 1
+    """``count`` was negative or more than the rows."""
+    WAITING = 2
+    """``waiting`` was negative or more than the capacity of ``dest``."""
+    OVERFLOW = 4
+    """``dest`` had no room for the survivors."""
+    BUCKET = 8
+    """More rows go on than the largest bucket takes."""
+    ID = 16
+    """An id was no index of the outputs. All else was written, the answer of that row was dropped."""
 
 
 def _call(operator: torch._ops.OpOverload, *args: Any) -> Any:
@@ -188,78 +212,76 @@ def _warn_reference(device: str) -> None:
     warnings.warn(f"{why}. The plain-PyTorch reference runs instead, which is slower.", RuntimeWarning, stacklevel=2)
 
 
-def _check_live(count: Tensor | None, rows: int) -> None:
+def _bound(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Every argument of an operator by its name."""
+    arguments = getattr(torch.ops.dgate_rt, name).default._schema.arguments
+    given = dict(zip((a.name for a in arguments), args, strict=False)) | kwargs
+    return {a.name: given.get(a.name, a.default_value) for a in arguments}
+
+
+def _expect_live(name: str, count: Tensor | None, rows: int) -> None:
     if count is not None and not 0 <= int(count) <= rows:
-        raise ValueError(f"count: expected 0 to {rows}, got {int(count)}")
+        raise ValueError(f"{name}: expected 0 to {rows}, got {int(count)}")
 
 
-def _score_by_reference(
-    features: Tensor, weight: Tensor, bias: Tensor, pool: str, count: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    _warn_reference(features.device.type)
-    _check_live(count, len(features))
-    return reference.gate_score(features, weight, bias, pool, count)
+def _score_by_reference(name: str, *args: Any, **kwargs: Any) -> Any:
+    given = _bound(name, args, kwargs)
+    _warn_reference(given["features"].device.type)
+    _expect_live("count", given["count"], len(given["features"]))
+    return getattr(reference, name)(**given)
 
 
-def _distances_by_reference(
-    features: Tensor, weight: Tensor, bias: Tensor, pool: str, count: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    _warn_reference(features.device.type)
-    _check_live(count, len(features))
-    return reference.gate_distances(features, weight, bias, pool, count)
-
-
-def _route_by_reference(
-    src: Sequence[Tensor],
-    ids: Tensor,
-    margin: Tensor,
-    label: Tensor,
-    count: Tensor | None,
-    thresholds: Tensor,
-    gate: int,
-    dest: Sequence[Tensor],
-    dest_ids: Tensor,
-    dest_count: Tensor,
-    out_labels: Tensor,
-    out_scores: Tensor,
-    out_exits: Tensor,
-    append: bool = False,
-) -> None:
+def _route_by_reference(*args: Any, **kwargs: Any) -> None:
+    given = _bound("route_", args, kwargs)
+    count, ids, samples = given["count"], given["ids"], len(given["out_labels"])
     _warn_reference(ids.device.type)
-    _check_live(count, len(ids))
+    _expect_live("count", count, len(ids))
+    _expect_live("waiting", given["waiting"], len(given["dest_ids"]))
     live = ids[: int(count)] if count is not None else ids
-    if bool(((live < 0) | (live >= len(out_labels))).any()):
-        raise ValueError(f"ids: expected 0 to {len(out_labels) - 1}, got {int(live.min())} to {int(live.max())}")
-    reference.route_(
-        src,
-        ids,
-        margin,
-        label,
-        count,
-        thresholds,
-        gate,
-        dest,
-        dest_ids,
-        dest_count,
-        out_labels,
-        out_scores,
-        out_exits,
-        append,
-    )
+    if bool(((live < 0) | (live >= samples)).any()):
+        raise ValueError(f"ids: expected 0 to {samples - 1}, got {int(live.min())} to {int(live.max())}")
+    if given.pop("handles") is not None:
+        raise ValueError("handles: expected none, since only the CUDA kernel sets a switch")
+    del given["status"]
+    reference.route_(**given)
 
 
-def _score_fake(
-    features: Tensor, weight: Tensor, bias: Tensor, pool: str, count: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def _score_on_cuda(keep_distances: bool, *args: Any, **kwargs: Any) -> Any:
+    """The Triton kernels; checked once more, because a direct call through ``torch.ops`` comes straight here."""
+    given = _bound("gate_distances", args, kwargs)
+    check_gate(**given)
+    features = given["features"]
+    if not isinstance(features, FakeTensor) and (off := features.data_ptr() % features.element_size()):
+        aligned = features.element_size()
+        raise ValueError(f"features: expected memory aligned to {aligned} bytes, got an address {off} behind one")
+    scores = _triton_score()(*given.values(), keep_distances)
+    return scores if keep_distances else scores[:2]
+
+
+@functools.cache
+def _triton_score() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    """``torch.ops.dgate_rt.triton_score``; made when it is first needed, because it imports Triton."""
+    from dgate_rt.kernels.gate_score import score
+
+    return torch.library.triton_op("dgate_rt::triton_score", score, mutates_args=())
+
+
+def _traced_score(on_cuda: Callable[..., Any], mode: Any, op: Any, types: Any, args: Any, kwargs: Any) -> Any:
+    """How compilers see a score: on CUDA as its Triton kernels, elsewhere as one operator."""
+    if args[0].device.type != "cuda":
+        return mode.__torch_dispatch__(op, types, args, kwargs)
+    with mode:
+        return on_cuda(*args, **kwargs)
+
+
+def _score_fake(features: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
     n = features.shape[0]
     return features.new_empty(n, dtype=torch.float32), features.new_empty(n, dtype=torch.int64)
 
 
-def _distances_fake(
-    features: Tensor, weight: Tensor, bias: Tensor, pool: str, count: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
+def _distances_fake(features: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
     distances = features.new_empty((features.shape[0], weight.shape[0]), dtype=torch.float32)
-    return *_score_fake(features, weight, bias, pool), distances
+    return *_score_fake(features), distances
 
 
 def _route_fake(*args: Any, **kwargs: Any) -> None:
@@ -272,86 +294,13 @@ def _register(name: str, fallback: Callable[..., Any], fake: Callable[..., Any])
     torch.library.register_fake(f"dgate_rt::{name}", fake, lib=_library)
 
 
-def _text(shape: Sequence[int | str], dtype: torch.dtype) -> str:
-    return f"[{', '.join(map(str, shape))}] {str(dtype).removeprefix('torch.')}"
-
-
-def _expect(
-    name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, rows: str = ""
-) -> None:
-    """Raise unless ``tensor`` is as said; with ``rows`` it has a first dimension besides, of any size, so called."""
-    got = tensor.shape
-    fits = len(got) > 0 and got[1:] == shape if rows else got == shape
-    if fits and tensor.dtype is dtype and tensor.device == device:
-        return
-    wanted, found = _text((rows, *shape) if rows else shape, dtype), _text(got, tensor.dtype)
-    if tensor.device != device:
-        wanted, found = f"{wanted} on {device}", f"{found} on {tensor.device}"
-    raise ValueError(f"{name}: expected {wanted}, got {found}")
-
-
-def _check_gate(features: Tensor, weight: Tensor, bias: Tensor, pool: Pool | str, count: Tensor | None) -> None:
-    try:
-        pool = Pool(pool)
-    except ValueError:
-        raise ValueError(f"pool: expected {' or '.join(repr(p.value) for p in Pool)}, got {pool!r}") from None
-    shape, device = features.shape, features.device
-    ranks = (3,) if pool is Pool.CLS else (2, 3, 4)
-    if features.dtype not in _FEATURE_DTYPES or len(shape) not in ranks:
-        expected = f"rank {' or '.join(map(str, ranks))} (pool={pool.value!r}), float32, bfloat16 or float16"
-        raise ValueError(f"features: expected {expected}; got {_text(shape, features.dtype)}")
-    if pool is Pool.FLAT:
-        width = math.prod(shape[1:])
-    else:
-        width = shape[2] if len(shape) == 3 else shape[1]
-    _expect("weight", weight, (width,), torch.float32, device, "K")
-    classes = weight.shape[0]
-    if classes == 0:
-        raise ValueError(f"weight: expected at least one class, got {_text(weight.shape, weight.dtype)}")
-    _expect("bias", bias, (classes,), torch.float32, device)
-    if count is not None:
-        _expect("count", count, (), torch.int32, device)
-
-
-def _check_route(
-    src: Sequence[Tensor],
-    ids: Tensor,
-    margin: Tensor,
-    label: Tensor,
-    count: Tensor | None,
-    thresholds: Tensor,
-    gate: int,
-    dest: Sequence[Tensor],
-    dest_ids: Tensor,
-    dest_count: Tensor,
-    out_labels: Tensor,
-    out_scores: Tensor,
-    out_exits: Tensor,
-) -> None:
-    device = ids.device
-    _expect("ids", ids, (), torch.int64, device, "N")
-    n = ids.shape[0]
-    _expect("margin", margin, (n,), torch.float32, device)
-    _expect("label", label, (n,), torch.int64, device)
-    if count is not None:
-        _expect("count", count, (), torch.int32, device)
-    _expect("thresholds", thresholds, (), torch.float32, device, "G")
-    if not 0 <= gate < len(thresholds):
-        raise ValueError(f"gate: expected 0 to {len(thresholds) - 1}, got {gate}")
-    _expect("dest_ids", dest_ids, (), torch.int64, device, "capacity")
-    capacity = dest_ids.shape[0]
-    _expect("dest_count", dest_count, (), torch.int32, device)
-    _expect("out_labels", out_labels, (), torch.int64, device, "M")
-    _expect("out_scores", out_scores, out_labels.shape, torch.float32, device)
-    _expect("out_exits", out_exits, out_labels.shape, torch.int64, device)
-    if len(src) != len(dest):
-        raise ValueError(f"dest: expected {len(src)} tensors like src, got {len(dest)}")
-    for i, (source, target) in enumerate(zip(src, dest, strict=True)):
-        _expect(f"src[{i}]", source, (n, *source.shape[1:]), source.dtype, device)
-        _expect(f"dest[{i}]", target, (capacity, *source.shape[1:]), source.dtype, device)
-
-
-_register("gate_score", _score_by_reference, _score_fake)
-_register("gate_distances", _distances_by_reference, _distances_fake)
+for _name, _fake in (("gate_score", _score_fake), ("gate_distances", _distances_fake)):
+    _register(_name, functools.partial(_score_by_reference, _name), _fake)
+    if importlib.util.find_spec("triton") is not None:
+        _on_cuda = functools.partial(_score_on_cuda, _name == "gate_distances")
+        _library.impl(_name, _on_cuda, "CUDA")
+        torch.library.register_torch_dispatch(
+            f"dgate_rt::{_name}", FunctionalTensorMode, functools.partial(_traced_score, _on_cuda), lib=_library
+        )
 _register("route_", _route_by_reference, _route_fake)
 _loaded: dict[str, str | None] = {name: _load(name) for name in ("_C", "_C_cuda")}  # None: loaded; else why not

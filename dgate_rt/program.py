@@ -21,7 +21,7 @@ from dgate_rt.frontier import Frontier, OperatingPoint
 from dgate_rt.gate import Gate
 from dgate_rt.staged import StagedModel, split
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 def check_thresholds(
@@ -131,6 +131,7 @@ class GateProgram:
             "cuts": list(self.staged.cuts),
             "nhwc": list(self.staged.nhwc),
             "pools": [gate.pool.value for gate in self.gates],
+            "criteria": [gate.criterion.value for gate in self.gates],
             "costs": asdict(self.costs),
             "point": asdict(replace(self.point, thresholds=())),
             "network_accuracy": self.network_accuracy,
@@ -193,13 +194,13 @@ def _stage(header: dict[str, Any], model: nn.Module) -> StagedModel:
 
 def _attach(tensors: dict[str, torch.Tensor], header: dict[str, Any], staged: StagedModel) -> GateProgram:
     gates = []
-    for g, pool in enumerate(header["pools"]):
+    for g, (pool, criterion) in enumerate(zip(header["pools"], header["criteria"], strict=True)):
         weight, bias = tensors[f"gates.{g}.weight"], tensors[f"gates.{g}.bias"]
         if weight.ndim != 2 or bias.shape != weight.shape[:1]:
             raise ProgramError(
                 f"gate {g}: expected weight [K, C] and bias [K], got {list(weight.shape)} and {list(bias.shape)}"
             )
-        gate = Gate(weight.shape[1], weight.shape[0], pool)
+        gate = Gate(weight.shape[1], weight.shape[0], pool, criterion)
         gate.load_state_dict({"weight": weight, "bias": bias})
         gates.append(gate)
     if not len(gates) == len(tensors["thresholds"]) == staged.gate_count:

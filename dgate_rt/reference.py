@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dgate_rt.gate import Gate, leaves, margin_and_label, pool_features
+from dgate_rt.gate import Gate, confidence_and_label, leaves, margin_and_label, pool_features
 from dgate_rt.staged import StagedModel, as_tuple
 
 
@@ -20,22 +20,31 @@ def gate_distances(
     bias: Tensor,  # [K] float32
     pool: str = "avg",
     count: Tensor | None = None,  # [] int32
+    criterion: str = "margin",
 ) -> tuple[Tensor, Tensor, Tensor]:  # margin [N] float32, label [N] int64, distances [N, K] float32
-    """``distances = pool(features) @ weight.T + bias``; margin and label from them. Rows from ``count`` on are zero."""
+    """``distances = pool(features) @ weight.T + bias``; margin (by ``criterion``) and label from them.
+
+    Rows from ``count`` on are zero.
+    """
     n = features.shape[0] if count is None else int(count)
     distances = features.new_zeros((features.shape[0], weight.shape[0]), dtype=torch.float32)
     margin = features.new_zeros(features.shape[0], dtype=torch.float32)
     label = features.new_zeros(features.shape[0], dtype=torch.int64)
     distances[:n] = pool_features(features[:n], pool) @ weight.float().T + bias.float()
-    margin[:n], label[:n] = margin_and_label(distances[:n])
+    margin[:n], label[:n] = confidence_and_label(distances[:n], criterion)
     return margin, label, distances
 
 
 def gate_score(
-    features: Tensor, weight: Tensor, bias: Tensor, pool: str = "avg", count: Tensor | None = None
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    pool: str = "avg",
+    count: Tensor | None = None,
+    criterion: str = "margin",
 ) -> tuple[Tensor, Tensor]:
     """`gate_distances` without the distances."""
-    margin, label, _ = gate_distances(features, weight, bias, pool, count)
+    margin, label, _ = gate_distances(features, weight, bias, pool, count, criterion)
     return margin, label
 
 
@@ -53,25 +62,32 @@ def route_(
     out_labels: Tensor,  # [M] int64
     out_scores: Tensor,  # [M] float32
     out_exits: Tensor,  # [M] int64
-    append: bool = False,
+    waiting: Tensor | None = None,  # [] int32
+    buckets: Tensor | None = None,  # [B] int32, ascending
+    bucket: Tensor | None = None,  # [] int32
 ) -> None:
-    """Let go those whose margin reaches the threshold; pack the others, in order, into ``dest``."""
+    """Let go those whose margin reaches the threshold; pack the others, in order, into ``dest``; choose a bucket."""
     n = ids.shape[0] if count is None else int(count)
-    start = int(dest_count) if append else 0
+    start = 0 if waiting is None else int(waiting)
     leave = leaves(margin[:n], thresholds[gate])
     stay = ~leave
     survivors = int(stay.sum())
     capacity = dest_ids.shape[0]
     if start + survivors > capacity:
         raise ValueError(f"dest: {start} rows wait and {survivors} survive, more than its capacity of {capacity}")
+    total = start + survivors
+    if buckets is not None and total > int(buckets[-1]):
+        raise ValueError(f"buckets: {total} rows go on, more than the largest bucket of {int(buckets[-1])} takes")
     gone = ids[:n][leave]
     out_labels[gone] = label[:n][leave]
     out_scores[gone] = margin[:n][leave]
     out_exits[gone] = gate
     for source, target in zip(src, dest, strict=True):
-        target[start : start + survivors] = source[:n][stay]
-    dest_ids[start : start + survivors] = ids[:n][stay]
-    dest_count.fill_(start + survivors)
+        target[start:total] = source[:n][stay]
+    dest_ids[start:total] = ids[:n][stay]
+    dest_count.fill_(total)
+    if buckets is not None and bucket is not None:
+        bucket.fill_(int((buckets < total).sum()) if total else len(buckets))
 
 
 def predict(
@@ -88,7 +104,7 @@ def predict(
     scores, labels = torch.empty(len(x), device=x.device), torch.empty_like(exits)
     for g, boundary in enumerate(staged.boundaries(x)):  # scored one by one: the next stage may work in place
         if g < len(gates):
-            margin, label = margin_and_label(gates[g](staged.gate_features(g, boundary)))
+            margin, label = confidence_and_label(gates[g](staged.gate_features(g, boundary)), gates[g].criterion)
             here = leaves(margin, thresholds[g]) & (exits == len(gates))
             exits[here] = g
         else:

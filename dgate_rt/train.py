@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from dgate_rt.batches import check_staged
 from dgate_rt.features import SKIP, DiskCache, FeatureCache, Features, collect
-from dgate_rt.gate import Gate, Pool, margin_and_label
+from dgate_rt.gate import Criterion, Gate, Pool, margin_and_label
 from dgate_rt.progress import note, track
 from dgate_rt.staged import StagedModel
 
@@ -64,6 +64,7 @@ def fit(
     *,
     loss: str = "hinge",
     pool: Pool | str = Pool.AVG,
+    criterion: Criterion | str = Criterion.MARGIN,
     epochs: int = 20,
     lr: float = 0.1,
     l2: float = 1e-3,
@@ -87,6 +88,8 @@ def fit(
             integer classes. A sample with a pooled feature that is not finite is left out, with a warning.
         loss: ``"hinge"``, or ``"cross_entropy"`` (multinomial) for comparison.
         pool: what the gates do with features, see `Pool`.
+        criterion: what their thresholds are compared with, see `Criterion`; training does not depend on it. The softmax
+            criteria are meant for ``loss="cross_entropy"``.
         epochs: passes of mini-batch sub-gradient steps (Adam, step size falling to zero along a cosine).
         lr: the first step size, in the standardised space.
         l2: weight of the penalty on the squared norm of the weights; scikit-learn's ``C`` is ``1 / (n * l2)``.
@@ -105,7 +108,7 @@ def fit(
     Raises:
         ValueError, TypeError: for arguments or data that do not fit; the message names them.
     """
-    pool, device = _check_arguments(staged, loss, pool, epochs, lr, l2, polish, device, cache_gb)
+    pool, criterion, device = _check_arguments(staged, loss, pool, criterion, epochs, lr, l2, polish, device, cache_gb)
     identity: dict[str, object] = {}
     if cache != "memory":
         identity = {"fingerprint": staged.fingerprint(), "cuts": list(staged.cuts), "pool": pool.value}
@@ -135,7 +138,7 @@ def fit(
         steps = _solve(problem, epochs, lr, polish, generator)
         for _ in track(steps, f"gate {index} ({cut})", epochs + polish // ROUND, progress):
             pass
-        gate = Gate(features.shape[1], training.classes, pool)
+        gate = Gate(features.shape[1], training.classes, pool, criterion)
         gate.weight.data, gate.bias.data = fold(problem.weight, problem.bias, problem.mean, problem.scale)
         gate = gate.to(device)
         report = GateReport(
@@ -291,13 +294,14 @@ def _check_arguments(
     staged: StagedModel,
     loss: str,
     pool: Pool | str,
+    criterion: Criterion | str,
     epochs: int,
     lr: float,
     l2: float,
     polish: int,
     device: torch.device | str,
     cache_gb: float,
-) -> tuple[Pool, torch.device]:
+) -> tuple[Pool, Criterion, torch.device]:
     wanted = check_staged(staged, device)
     if staged.gate_count == 0:
         raise ValueError("staged: expected at least one cut to put a gate at, got none")
@@ -305,12 +309,14 @@ def _check_arguments(
         raise ValueError(f"loss: expected one of {LOSSES}, got {loss!r}")
     if pool not in (pools := [known.value for known in Pool]):
         raise ValueError(f"pool: expected one of {pools}, got {pool!r}")
+    if criterion not in (criteria := [known.value for known in Criterion]):
+        raise ValueError(f"criterion: expected one of {criteria}, got {criterion!r}")
     if epochs < 1 or polish < 0:
         raise ValueError(f"epochs, polish: expected at least 1 and 0, got {epochs} and {polish}")
     for name, value, least in (("lr", lr, "above 0"), ("cache_gb", cache_gb, "above 0"), ("l2", l2, "at least 0")):
         if not (value > 0 or (name == "l2" and value == 0)) or (name != "cache_gb" and math.isinf(value)):
             raise ValueError(f"{name}: expected a number {least}, got {value}")
-    return Pool(pool), wanted
+    return Pool(pool), Criterion(criterion), wanted
 
 
 def _chunk_rows(features: Tensor) -> int:

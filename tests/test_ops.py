@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,8 +13,10 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 from dgate_rt import ops, reference
+from dgate_rt.gate import confidence_and_label
 
 pytestmark = pytest.mark.skipif(not ops.extension_loaded(), reason="the C++ extension is not built")
 
@@ -136,6 +140,42 @@ def test_rows_from_count_on_are_not_read_and_zero(pool: str, rank: str, count: i
         assert not got[count:].any()
 
 
+CRITERIA = ["margin", "softmax", "entropy"]
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize("classes", [1, 2, 10, 1000])
+@pytest.mark.parametrize("scale", [0.01, 1.0, 300.0], ids="scale{}".format)
+def test_criteria_are_the_reference(criterion: str, classes: int, scale: float) -> None:
+    features = make(31, SHAPES["4d"])
+    weight, bias = make_gate(features, classes, "avg")
+    margin, label, distances = ops.gate_distances(features, weight * scale, bias * scale, "avg", None, criterion)
+    expected, best = confidence_and_label(
+        distances, criterion
+    )  # of the same distances: a softmax magnifies their error
+    torch.testing.assert_close(margin, expected, rtol=1e-5, atol=1e-6)
+    assert torch.equal(label, best)
+
+
+def test_criteria_mean_what_they_say() -> None:
+    distances = torch.tensor([[0.0, 0.0], [2.0, 2.0 - math.log(3)], [0.0, -math.inf]])
+    arguments = (distances, torch.eye(2), torch.zeros(2))
+    margin, softmax, entropy = (ops.gate_score(*arguments, criterion=c)[0].tolist() for c in CRITERIA)
+    assert margin[:2] == [0.0, 2.0]
+    assert softmax[:2] == pytest.approx([0.5, 0.75])
+    assert entropy[:2] == pytest.approx([-math.log(2), 0.75 * math.log(0.75) + 0.25 * math.log(0.25)])
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_criteria_of_distances_that_are_not_finite(criterion: str) -> None:
+    inf, nan = math.inf, math.nan
+    bias = torch.tensor([[0.0, -inf, 1.0], [0.0, inf, 1.0], [nan, 0.0, 1.0], [-inf, -inf, -inf], [inf, nan, 0.0]])
+    for row in bias:
+        arguments = (torch.zeros(1, 1), torch.zeros(3, 1), row, "avg", None, criterion)
+        assert_same_scores(ops.gate_distances(*arguments), reference.gate_distances(*arguments), 1e-6)
+        assert torch.equal(ops.gate_score(*arguments)[1], reference.gate_score(*arguments)[1])
+
+
 def test_a_tie_goes_to_the_lowest_class() -> None:
     weight, bias = torch.zeros(70, 4), torch.zeros(70)
     bias[[3, 5, 66]] = 1.0
@@ -207,6 +247,11 @@ def test_a_decision_has_no_gradient() -> None:
         ({"features": torch.ones(64)}, r"features: expected rank 2 or 3 or 4 .*; got \[64\] float32"),
         ({"pool": "cls"}, r"features: expected rank 3 \(pool='cls'\).*; got \[8, 64, 2, 2\] float32"),
         ({"pool": "max"}, r"pool: expected 'avg' or 'cls' or 'flat', got 'max'"),
+        ({"criterion": "top2"}, r"criterion: expected 'margin' or 'softmax' or 'entropy', got 'top2'"),
+        (
+            {"features": torch.ones(8, 0, 64), "pool": "cls"},
+            r"features: .* expects at least one token, got \[8, 0, 64\]",
+        ),
         ({"count": torch.tensor(3)}, r"count: expected \[\] int32, got \[\] int64"),
         ({"count": torch.tensor(9, dtype=torch.int32)}, r"count: expected 0 to 8, got 9"),
         ({"count": torch.tensor(-1, dtype=torch.int32)}, r"count: expected 0 to 8, got -1"),
@@ -215,12 +260,25 @@ def test_a_decision_has_no_gradient() -> None:
 )
 @pytest.mark.parametrize("direct", [False, True], ids=["wrapper", "torch.ops"])
 def test_score_errors_name_argument_expected_and_got(changes: dict[str, Any], message: str, direct: bool) -> None:
-    good = {"features": torch.ones(8, 64, 2, 2), "weight": torch.ones(10, 64), "bias": torch.ones(10), "pool": "avg"}
+    good: dict[str, Any] = {
+        "features": torch.ones(8, 64, 2, 2),
+        "weight": torch.ones(10, 64),
+        "bias": torch.ones(10),
+        "pool": "avg",
+    }
     if direct:  # the kernel itself refuses too, if less eloquently
         message = message.partition(":")[0] + ":"
     operator = torch.ops.dgate_rt.gate_score if direct else ops.gate_score
     with pytest.raises(REFUSAL[direct], match=message):
         operator(**{**good, **changes})
+
+
+def test_more_weights_than_kernels_address_are_refused() -> None:
+    with (
+        FakeTensorMode(),
+        pytest.raises(ValueError, match="weight: expected at most 2147483647 elements, got 70000 cl"),
+    ):
+        ops.gate_score(torch.empty(2, 40_000), torch.empty(70_000, 40_000), torch.empty(70_000))
 
 
 def test_a_tensor_of_another_device_is_refused() -> None:
@@ -261,11 +319,15 @@ def route_arguments(
         "gate": 1,
         "dest": [arena(capacity, kind) for kind in kinds],
         "dest_ids": torch.randint(0, 99, (capacity,)),
-        "dest_count": torch.tensor(0, dtype=torch.int32),
+        "dest_count": torch.tensor(77, dtype=torch.int32),
         "out_labels": torch.full((n + 5,), -1),
         "out_scores": torch.full((n + 5,), -1.0),
         "out_exits": torch.full((n + 5,), -1),
     }
+
+
+def i32(value: int) -> Tensor:
+    return torch.tensor(value, dtype=torch.int32)
 
 
 MUTATED = ("dest_ids", "dest_count", "out_labels", "out_scores", "out_exits")
@@ -309,8 +371,8 @@ def test_route_is_the_reference(
         arguments["count"] = torch.tensor(live, dtype=torch.int32)
         arguments["ids"][live:] = 2**60
         arguments["margin"][live:] = 9.0
-    arguments["dest_count"].fill_(waiting or 0)
-    arguments["append"] = waiting is not None
+    if waiting is not None:
+        arguments["waiting"] = i32(waiting)
     expected, got, before = copied(arguments), copied(arguments), copied(arguments)
     try:
         reference.route_(**expected)
@@ -395,8 +457,22 @@ def small_route(**changes: Any) -> dict[str, Any]:
             r"src\[0\]: expected each row in one run of memory, got strides \(20, 10, 2\)",
         ),
         ({"dest": [torch.zeros(1, 3, 2, 5).expand(6, 3, 2, 5)]}, r"dest\[0\]: expected rows that do not overlap"),
-        ({"dest_count": torch.tensor(7, dtype=torch.int32), "append": True}, r"dest_count: expected 0 to 6, got 7"),
-        ({"dest_count": torch.tensor(-1, dtype=torch.int32), "append": True}, r"dest_count: expected 0 to 6, got -1"),
+        ({"waiting": i32(7)}, r"waiting: expected 0 to 6, got 7"),
+        ({"waiting": i32(-1)}, r"waiting: expected 0 to 6, got -1"),
+        ({"waiting": torch.tensor(1)}, r"waiting: expected \[\] int32, got \[\] int64"),
+        ({"bucket": i32(0)}, r"buckets: expected sizes to choose from, got none"),
+        ({"buckets": torch.zeros(0, dtype=torch.int32)}, r"buckets: expected at least one size, got none"),
+        ({"buckets": torch.ones(2)}, r"buckets: expected \[M\] int32, got \[2\] float32"),
+        (
+            {"buckets": i32(1)[None], "thresholds": torch.full((3,), 9.0)},
+            r"buckets: 4 rows go on, more than the largest",
+        ),
+        (
+            {"buckets": i32(9)[None], "handles": torch.zeros(2).long()},
+            r"handles: expected \[3\] int64, got \[2\] int64",
+        ),
+        ({"buckets": i32(9)[None], "handles": torch.ones(3).long()}, r"handles: expected none on cpu"),
+        ({"status": torch.zeros(1).int()}, r"status: expected \[\] int32, got \[1\] int32"),
         ({"out_scores": torch.zeros(8)}, r"out_scores: expected \[9\] float32, got \[8\] float32"),
     ],
     ids=lambda value: "+".join(value) if isinstance(value, dict) else "",
@@ -410,6 +486,73 @@ def test_route_errors_name_argument_expected_and_got(changes: dict[str, Any], me
     with pytest.raises(REFUSAL[direct], match=message):
         (torch.ops.dgate_rt.route_ if direct else ops.route_)(**arguments)
     assert_same_arenas(arguments, before)
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        ("dest_count", "count"),
+        ("dest_count", "waiting"),
+        ("dest_count", "bucket"),
+        ("dest_count", "status"),
+        ("dest_ids", "ids"),
+        ("out_labels", "label"),
+        ("out_scores", "margin"),
+        ("out_exits", "out_labels"),
+    ],
+)
+def test_route_refuses_what_is_written_and_used_otherwise(written: str, read: str) -> None:
+    arguments = small_route(count=i32(4), waiting=i32(0), buckets=i32(9)[None], bucket=i32(0), status=i32(0))
+    length = max(arguments[written].numel(), arguments[read].numel())
+    shared = torch.zeros(length + 3, dtype=arguments[written].dtype)
+    for name in (written, read):
+        shape = arguments[name].shape
+        arguments[name] = shared[: shape[0]] if shape else shared[0]
+    with pytest.raises(
+        ValueError, match=f"({written}|{read}): expected memory of its own, got some that ({read}|{written}) u"
+    ):
+        ops.route_(**arguments)
+
+
+def test_route_takes_outputs_that_interleave() -> None:
+    arguments = route_arguments(20, 20, [], 0.5)
+    expected = copied(arguments)
+    reference.route_(**expected)
+    table = torch.full((25, 2), -1)
+    ops.route_(**{**arguments, "out_labels": table[:, 0], "out_exits": table[:, 1]})
+    assert torch.equal(table, torch.stack([expected["out_labels"], expected["out_exits"]], 1))
+
+
+@pytest.mark.parametrize("name", ["out_scores", "dest_ids"])
+def test_route_refuses_outputs_whose_elements_are_one(name: str) -> None:
+    arguments = small_route()
+    arguments[name] = arguments[name][:1].expand(len(arguments[name]))
+    with pytest.raises(ValueError, match=f"{name}: expected memory of its own for every element"):
+        ops.route_(**arguments)
+
+
+def test_route_refuses_memory_that_is_not_aligned() -> None:
+    margin = torch.frombuffer(bytearray(17), dtype=torch.float32, offset=1, count=4)
+    with pytest.raises(ValueError, match="margin: expected memory aligned to 4 bytes, got an address 1 behind one"):
+        ops.route_(**small_route(margin=margin))
+
+
+@pytest.mark.parametrize(
+    ("stay", "waiting", "expected"), [(0, 0, 3), (1, 0, 0), (2, 0, 0), (3, 0, 1), (3, 2, 2), (8, 0, 2), (0, 3, 1)]
+)
+def test_the_bucket_is_the_smallest_that_holds_all_and_none_where_none_goes_on(
+    stay: int, waiting: int, expected: int
+) -> None:
+    arguments = route_arguments(10, 12, [ROWS[0]], 1.0)
+    arguments["margin"][:stay] = 0.0
+    bucket = i32(9)
+    arguments |= {"waiting": i32(waiting), "buckets": torch.tensor([2, 4, 8], dtype=torch.int32), "bucket": bucket}
+    ops.route_(**arguments)
+    assert arguments["dest_count"] == stay + waiting
+    assert bucket == expected
+    again = {**copied(arguments), "bucket": i32(9)}
+    reference.route_(**again)
+    assert again["bucket"] == expected
 
 
 def test_route_refuses_a_destination_that_the_source_uses() -> None:
@@ -429,14 +572,20 @@ def test_opcheck_of_the_scores(operator: str, count: Tensor | None) -> None:
     torch.library.opcheck(overload, (features, weight.requires_grad_(), bias, "avg", count))
 
 
+def test_route_errors_are_those_of_the_kernel() -> None:
+    header = (Path(__file__).parent.parent / "csrc" / "cuda" / "route_arguments.h").read_text()
+    bits = {int(bit): name for name, bit in re.findall(r"^ +k(?:Bad|No)?(\w+) = (\d+),", header, re.MULTILINE)}
+    assert {error.value: error.name for error in ops.RouteError} == {bit: name.upper() for bit, name in bits.items()}
+
+
 def test_opcheck_of_route() -> None:
     arguments = route_arguments(8, 8, [ROWS[0], ROWS[3]], 0.5)
     torch.library.opcheck(torch.ops.dgate_rt.route_.default, (), arguments)
+    more = {"waiting": i32(0), "buckets": i32(9)[None], "bucket": i32(0), "status": i32(0)}
+    torch.library.opcheck(torch.ops.dgate_rt.route_.default, (), {**arguments, **more})
 
 
 def test_fakes_read_no_device_data() -> None:
-    from torch._subclasses import FakeTensorMode
-
     with FakeTensorMode(), torch.device("cuda"):
         features, weight = torch.empty(8, 64, 4, 4, dtype=torch.float16), torch.empty(10, 64)
         count = torch.empty((), dtype=torch.int32)

@@ -62,6 +62,13 @@ def test_what_is_loaded_is_what_was_saved(program, path):
     assert torch.equal(before.exits, after.exits)
 
 
+def test_the_criteria_of_the_gates_are_kept(program, tmp_path):
+    program.gates[1].criterion = dg.Criterion.ENTROPY
+    program.save(tmp_path / "other.safetensors")
+    loaded = dg.load(tmp_path / "other.safetensors", Net().eval())
+    assert [gate.criterion for gate in loaded.gates] == [dg.Criterion.MARGIN, dg.Criterion.ENTROPY]
+
+
 def test_a_staged_model_may_be_given_instead(program, path):
     assert dg.load(path, program.staged).staged is program.staged
 
@@ -95,7 +102,7 @@ def test_a_foreign_safetensors_file(path):
 
 def test_another_schema_version(path):
     edit(path, schema="99")
-    with pytest.raises(dg.ProgramError, match="expected schema 1, got 99"):
+    with pytest.raises(dg.ProgramError, match="expected schema 2, got 99"):
         dg.load(path, Net().eval())
 
 

@@ -47,6 +47,25 @@ def test_eager_agrees_with_dense_and_post_hoc_gating(
     assert (out.labels == labels)[same].float().mean() >= (1.0 if dtype is torch.float32 else 0.98)
 
 
+@pytest.mark.parametrize("criterion", ["softmax", "entropy"])
+def test_a_gate_may_go_by_another_criterion(tiny_staged, tiny_gates, images, criterion):
+    x = images[:129]
+    for gate in tiny_gates:
+        gate.criterion = dg.Criterion(criterion)
+    with torch.inference_mode():
+        scored = [gate.score(f)[0] for gate, f in zip(tiny_gates, tiny_staged.features(x), strict=True)]
+    thresholds = [float(s.quantile(0.7)) for s in scored]
+    run = dg.compile(make_program(tiny_staged, tiny_gates, thresholds, x), channels_last=False)
+    out = run(x)
+    with torch.inference_mode():
+        labels, scores, exits = reference.predict(tiny_staged, tiny_gates, thresholds, x)
+    same = out.exits == exits
+    assert (~same).sum() <= 2
+    assert set(exits.tolist()) == {0, 1, 2, 3}
+    assert torch.equal(out.labels[same], labels[same])
+    torch.testing.assert_close(out.scores[same], scores[same], rtol=1e-4, atol=1e-4)
+
+
 def test_dense_is_the_network_itself(tiny_staged, tiny_gates, tiny_images):
     program = make_program(tiny_staged, tiny_gates, (-100.0,) * 3, tiny_images)
     out = dg.compile(program, executor="dense", channels_last=False)(tiny_images)
@@ -93,7 +112,9 @@ def test_a_gate_that_is_off_is_not_computed(tiny_staged, tiny_gates, tiny_images
     run = dg.compile(make_program(tiny_staged, tiny_gates, (INF, 1000.0, INF), tiny_images))
     widths, score = [], ops.gate_score
     monkeypatch.setattr(
-        ops, "gate_score", lambda features, *rest: (widths.append(features.shape[1]), score(features, *rest))[1]
+        ops,
+        "gate_score",
+        lambda features, *rest, **more: (widths.append(features.shape[1]), score(features, *rest, **more))[1],
     )
     run(tiny_images)
     assert widths == [16]

@@ -275,6 +275,11 @@ def test_gates_take_the_features_of_their_pool(pool: str) -> None:
     assert gates.reports[0].accuracy == pytest.approx((labels == y).float().mean().item(), abs=1e-6)
 
 
+def test_gates_go_by_the_criterion_that_was_asked_for() -> None:
+    gates = fit(small_cnn(), images(), loss="cross_entropy", criterion="entropy", epochs=1, polish=0)
+    assert all(gate.criterion == "entropy" for gate in gates)
+
+
 def test_gates_are_a_module_list() -> None:
     gates = fit(small_cnn(), images(), epochs=1, polish=0)
     assert isinstance(gates, nn.ModuleList)
@@ -297,6 +302,7 @@ def test_the_callers_gradient_mode_does_not_matter(context: type) -> None:
     [
         ({"loss": "mse"}, "loss: expected one of .*hinge.*, got 'mse'"),
         ({"pool": "max"}, "pool: expected one of .*avg.*, got 'max'"),
+        ({"criterion": "top2"}, "criterion: expected one of .*margin.*, got 'top2'"),
         ({"epochs": 0}, "epochs, polish: expected at least 1 and 0, got 0 and 200"),
         ({"polish": -1}, "epochs, polish: .* got 20 and -1"),
         ({"lr": 0.0}, "lr: expected a number above 0, got 0"),

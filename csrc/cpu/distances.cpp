@@ -1,6 +1,7 @@
 #include "distances.h"
 
 #include <algorithm>
+#include <cmath>
 
 #include "simd.h"
 
@@ -58,7 +59,8 @@ DGATE_CLONES void tile_distances(const Linear& gate, const float* pooled, int64_
   }
 }
 
-void margin_and_label(const float* distances, int64_t classes, float* margin, int64_t* label) {
+void confidence_and_label(const float* distances, int64_t classes, Criterion criterion, float* confidence,
+                          int64_t* label) {
   int64_t best = 0;
   for (int64_t k = 0; k < classes; ++k) {
     if (distances[k] != distances[k]) {
@@ -67,8 +69,17 @@ void margin_and_label(const float* distances, int64_t classes, float* margin, in
     }
     if (distances[k] > distances[best]) best = k;
   }
-  *margin = distances[best];
+  const float margin = distances[best];
   *label = best;
+  *confidence = margin;
+  if (criterion == Criterion::kMargin) return;
+  float total = 0, weighted = 0;  // of the weights exp(distance - margin); NaN where the margin is not finite
+  for (int64_t k = 0; k < classes; ++k) {
+    const float shifted = distances[k] - margin, weight = std::exp(shifted);
+    total += weight;
+    if (weight != 0) weighted += weight * shifted;  // 0 log 0 = 0
+  }
+  *confidence = criterion == Criterion::kSoftmax ? 1 / total : weighted / total - std::log(total);
 }
 
 }  // namespace dgate_rt

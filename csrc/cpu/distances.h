@@ -21,8 +21,11 @@ struct Linear {
 void tile_distances(const Linear& gate, const float* pooled, int64_t pooled_stride, int64_t samples, int64_t first,
                     int64_t last, float* distances /* [samples, classes] */);
 
-// The largest distance and the lowest class that attains it; with a NaN among them, NaN and the lowest class that is
-// NaN.
-void margin_and_label(const float* distances, int64_t classes, float* margin, int64_t* label);
+enum class Criterion { kMargin, kSoftmax, kEntropy };
+
+// The largest distance, or what the criterion makes of them all, and the lowest class that attains the largest; with a
+// NaN among them, NaN and the lowest class that is NaN.
+void confidence_and_label(const float* distances, int64_t classes, Criterion criterion, float* confidence,
+                          int64_t* label);
 
 }  // namespace dgate_rt

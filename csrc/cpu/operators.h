@@ -6,19 +6,18 @@
 #include <tuple>
 #include <vector>
 
-#include "../common.h"
+#include "../route_tensors.h"
 
 namespace dgate_rt {
 
 std::tuple<Tensor, Tensor> gate_score(const Tensor& features, const Tensor& weight, const Tensor& bias,
-                                      const std::string& pool, const std::optional<Tensor>& count);
+                                      const std::string& pool, const std::optional<Tensor>& count,
+                                      const std::string& criterion);
 
 std::tuple<Tensor, Tensor, Tensor> gate_distances(const Tensor& features, const Tensor& weight, const Tensor& bias,
-                                                  const std::string& pool, const std::optional<Tensor>& count);
+                                                  const std::string& pool, const std::optional<Tensor>& count,
+                                                  const std::string& criterion);
 
-void route_(const std::vector<Tensor>& src, const Tensor& ids, const Tensor& margin, const Tensor& label,
-            const std::optional<Tensor>& count, const Tensor& thresholds, int64_t gate, const std::vector<Tensor>& dest,
-            const Tensor& dest_ids, const Tensor& dest_count, const Tensor& out_labels, const Tensor& out_scores,
-            const Tensor& out_exits, bool append);
+void route_on_cpu(const RouteTensors& tensors);
 
 }  // namespace dgate_rt

@@ -2,7 +2,7 @@
 #include <algorithm>
 #include <memory>
 
-#include "checks.h"
+#include "../checks.h"
 #include "distances.h"
 #include "operators.h"
 #include "pool.h"
@@ -31,7 +31,7 @@ Features view_features(const Tensor& features, const std::string& pool) {
   const int64_t rank = features.dim();
   const bool avg = pool == "avg", cls = pool == "cls";
   DGATE_CHECK(avg || cls || pool == "flat", "pool: expected 'avg', 'cls' or 'flat', got '", pool, "'");
-  DGATE_CHECK(features.is_cpu(), "features: expected a tensor on cpu, got one on another device");
+  DGATE_CHECK(features.is_cpu(), "features: expected a tensor on cpu, got one on ", place_of(features));
   DGATE_CHECK(cls ? rank == 3 : 2 <= rank && rank <= 4, "features: pool='", pool, "' expects rank ",
               cls ? "3" : "2, 3 or 4", ", got ", describe(features));
   DGATE_CHECK(!cls || features.size(1) > 0, "features: pool='cls' expects at least one token, got ",
@@ -55,11 +55,18 @@ Features view_features(const Tensor& features, const std::string& pool) {
   return view;
 }
 
+Criterion criterion_of(const std::string& name) {
+  if (name == "margin") return Criterion::kMargin;
+  if (name == "softmax") return Criterion::kSoftmax;
+  DGATE_CHECK(name == "entropy", "criterion: expected 'margin', 'softmax' or 'entropy', got '", name, "'");
+  return Criterion::kEntropy;
+}
+
 int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
 // Margin, label and distances of `rows` samples from `first` on; `scratch` holds their pooled features.
-void score_rows(const Features& features, const Linear& gate, int64_t first, int64_t rows, float* scratch,
-                float* distances, float* margin, int64_t* label) {
+void score_rows(const Features& features, const Linear& gate, Criterion criterion, int64_t first, int64_t rows,
+                float* scratch, float* distances, float* margin, int64_t* label) {
   const int64_t width = gate.width, classes = gate.classes;
   const float* pooled = scratch;
   int64_t pooled_stride = width;
@@ -92,7 +99,7 @@ void score_rows(const Features& features, const Linear& gate, int64_t first, int
 
   torch::stable::parallel_for(0, rows, std::max<int64_t>(1, kGrain / classes), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
-      margin_and_label(distances + row * classes, classes, margin + row, label + row);
+      confidence_and_label(distances + row * classes, classes, criterion, margin + row, label + row);
     }
   });
 }
@@ -102,7 +109,8 @@ struct Scores {
 };
 
 Scores score(const Tensor& features, const Tensor& weight, const Tensor& bias, const std::string& pool,
-             const std::optional<Tensor>& count, bool keep_distances) {
+             const std::optional<Tensor>& count, const std::string& criterion_name, bool keep_distances) {
+  const Criterion criterion = criterion_of(criterion_name);
   const Features view = view_features(features, pool);
   const int64_t rows = features.size(0), width = view.width();
   const int64_t classes = weight.dim() == 2 ? weight.size(0) : 1;
@@ -125,7 +133,7 @@ Scores score(const Tensor& features, const Tensor& weight, const Tensor& bias, c
   const std::unique_ptr<float[]> pooled(new float[static_cast<size_t>(step * pooled_width)]);
   const std::unique_ptr<float[]> passing(new float[static_cast<size_t>(keep_distances ? 0 : step * classes)]);
   for (int64_t first = 0; first < live; first += step) {
-    score_rows(view, gate, first, std::min(step, live - first), pooled.get(),
+    score_rows(view, gate, criterion, first, std::min(step, live - first), pooled.get(),
                keep_distances ? kept + first * classes : passing.get(), margin + first, label + first);
   }
   return scores;
@@ -134,14 +142,16 @@ Scores score(const Tensor& features, const Tensor& weight, const Tensor& bias, c
 }  // namespace
 
 std::tuple<Tensor, Tensor> gate_score(const Tensor& features, const Tensor& weight, const Tensor& bias,
-                                      const std::string& pool, const std::optional<Tensor>& count) {
-  Scores scores = score(features, weight, bias, pool, count, false);
+                                      const std::string& pool, const std::optional<Tensor>& count,
+                                      const std::string& criterion) {
+  Scores scores = score(features, weight, bias, pool, count, criterion, false);
   return {scores.margin, scores.label};
 }
 
 std::tuple<Tensor, Tensor, Tensor> gate_distances(const Tensor& features, const Tensor& weight, const Tensor& bias,
-                                                  const std::string& pool, const std::optional<Tensor>& count) {
-  Scores scores = score(features, weight, bias, pool, count, true);
+                                                  const std::string& pool, const std::optional<Tensor>& count,
+                                                  const std::string& criterion) {
+  Scores scores = score(features, weight, bias, pool, count, criterion, true);
   return {scores.margin, scores.label, scores.distances};
 }
 

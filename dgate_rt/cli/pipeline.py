@@ -31,6 +31,12 @@ class PoolName(str, Enum):
     flat = "flat"
 
 
+class CriterionName(str, Enum):
+    margin = "margin"
+    softmax = "softmax"
+    entropy = "entropy"
+
+
 class CostName(str, Enum):
     flops = "flops"
     time = "time"
@@ -119,6 +125,9 @@ def fit(
     ] = "auto",
     loss: Annotated[Loss, typer.Option("--loss", help="What the gates are trained with.")] = Loss.hinge,
     pool: Annotated[PoolName, typer.Option("--pool", help="How a gate pools features.")] = PoolName.avg,
+    criterion: Annotated[
+        CriterionName, typer.Option("--criterion", help="What is compared with a gate's threshold.")
+    ] = CriterionName.margin,
     epochs: Annotated[int, typer.Option("--epochs", min=0, help="Passes of mini-batch steps.")] = 20,
     lr: Annotated[float, typer.Option("--lr", help="First step size.")] = 0.1,
     l2: Annotated[float, typer.Option("--l2", help="Penalty on the weights.")] = 1e-3,
@@ -151,6 +160,7 @@ def fit(
         loader,
         loss=loss.value,
         pool=pool.value,
+        criterion=criterion.value,
         epochs=epochs,
         lr=lr,
         l2=l2,

@@ -37,9 +37,9 @@ class EagerExecutor:
                 continue
             features = model.staged.gate_features(g, boundary)
             if out.distances is None:
-                margin, label = ops.gate_score(features, gate.weight, gate.bias, gate.pool)
+                margin, label = gate.score(features)
             else:
-                margin, label, distances = ops.gate_distances(features, gate.weight, gate.bias, gate.pool)
+                margin, label, distances = gate.distances(features)
                 out.distances.index_copy_(0, ids, distances)  # a later exit overwrites its rows
             del features
             survivors = len(ids) - int(leaves(margin, model.thresholds[g]).sum())
