@@ -9,7 +9,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constr
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test lint format bench extension clean distclean
+.PHONY: help install demo test gpu lint format bench extension clean distclean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -22,6 +22,10 @@ demo: install ## train, gate, calibrate and run on real images; writes demo/repo
 
 test: install ## the tests
 	$(BIN)/pytest
+
+gpu: install ## on a machine with a GPU: the tests that need one, the sanitizers, and the times of the gates
+	$(BIN)/pytest -m gpu
+	$(BIN)/python -m dgate_rt.bench.gates
 
 bench: install ## the benchmarks
 	$(BIN)/pytest bench

@@ -47,17 +47,18 @@ Vector<T> writing(const Tensor& tensor) {
 
 // The bytes from the first to the last element of a tensor, and its argument's name.
 struct Span {
-  std::string name;
+  const char* name;
+  const Tensor* tensor;
   const char *begin, *end;
 
-  static Span of(std::string name, const Tensor& tensor) {
+  static Span of(const char* name, const Tensor& tensor) {
     const char* begin = static_cast<const char*>(tensor.const_data_ptr());
     int64_t last = 0;
     for (int64_t dim = 0; dim < tensor.dim(); ++dim) {
-      if (tensor.size(dim) == 0) return {std::move(name), begin, begin};
+      if (tensor.size(dim) == 0) return {name, &tensor, begin, begin};
       last += (tensor.size(dim) - 1) * tensor.stride(dim);
     }
-    return {std::move(name), begin, begin + (last + 1) * static_cast<int64_t>(tensor.element_size())};
+    return {name, &tensor, begin, begin + (last + 1) * static_cast<int64_t>(tensor.element_size())};
   }
   bool meets(const Span& other) const { return begin < other.end && other.begin < end; }
 };
@@ -74,15 +75,13 @@ inline bool interleave(const Tensor& a, const Tensor& b) {
 
 // What is written must be memory of its own: rows run in no particular order, and on CUDA all at once.
 inline void check_separate(const RouteTensors& in) {
-  std::vector<std::pair<const char*, const Tensor*>> written{{"dest_ids", &in.dest_ids},
-                                                             {"dest_count", &in.dest_count},
-                                                             {"out_labels", &in.out_labels},
-                                                             {"out_scores", &in.out_scores},
-                                                             {"out_exits", &in.out_exits}};
-  std::vector<std::pair<const char*, const Tensor*>> others{
-      {"ids", &in.ids}, {"margin", &in.margin}, {"label", &in.label}, {"thresholds", &in.thresholds}};
-  const auto add = [](auto& list, const char* name, const std::optional<Tensor>& tensor) {
-    if (tensor) list.emplace_back(name, &*tensor);
+  std::vector<Span> written{Span::of("dest_ids", in.dest_ids), Span::of("dest_count", in.dest_count),
+                            Span::of("out_labels", in.out_labels), Span::of("out_scores", in.out_scores),
+                            Span::of("out_exits", in.out_exits)};
+  std::vector<Span> others{Span::of("ids", in.ids), Span::of("margin", in.margin), Span::of("label", in.label),
+                           Span::of("thresholds", in.thresholds)};
+  const auto add = [](std::vector<Span>& spans, const char* name, const std::optional<Tensor>& tensor) {
+    if (tensor) spans.push_back(Span::of(name, *tensor));
   };
   add(written, "bucket", in.bucket);
   add(written, "status", in.status);
@@ -90,17 +89,14 @@ inline void check_separate(const RouteTensors& in) {
   add(others, "waiting", in.waiting);
   add(others, "buckets", in.buckets);
   add(others, "handles", in.handles);
-  for (size_t i = 0; i < written.size(); ++i) {
-    const auto& [name, tensor] = written[i];
-    DGATE_CHECK(tensor->dim() == 0 || tensor->size(0) < 2 || tensor->stride(0) != 0, name,
+  for (const Span& span : written) {
+    DGATE_CHECK(span.tensor->dim() == 0 || span.tensor->size(0) < 2 || span.tensor->stride(0) != 0, span.name,
                 ": expected memory of its own for every element, got a stride of 0");
-    const Span span = Span::of(name, *tensor);
-    const auto check = [&, writes = tensor](const auto& other) {
-      DGATE_CHECK(!span.meets(Span::of(other.first, *other.second)) || interleave(*writes, *other.second), span.name,
-                  ": expected memory of its own, got some that ", other.first, " uses");
-    };
-    std::for_each(others.begin(), others.end(), check);
-    std::for_each(written.begin(), written.begin() + static_cast<std::ptrdiff_t>(i), check);
+    for (const Span& other : others) {
+      DGATE_CHECK(!span.meets(other) || interleave(*span.tensor, *other.tensor), span.name,
+                  ": expected memory of its own, got some that ", other.name, " uses");
+    }
+    others.push_back(span);
   }
 }
 

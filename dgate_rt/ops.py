@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensorMode
 
 from dgate_rt import reference
@@ -246,14 +245,19 @@ def _route_by_reference(*args: Any, **kwargs: Any) -> None:
     reference.route_(**given)
 
 
-def _score_on_cuda(keep_distances: bool, *args: Any, **kwargs: Any) -> Any:
-    """The Triton kernels; checked once more, because a direct call through ``torch.ops`` comes straight here."""
-    given = _bound("gate_distances", args, kwargs)
-    check_gate(**given)
-    features = given["features"]
-    if not isinstance(features, FakeTensor) and (off := features.data_ptr() % features.element_size()):
+def _score_on_cuda(keep_distances: bool, features: Tensor, *args: Any, **kwargs: Any) -> Any:
+    off = features.data_ptr() % features.element_size()
+    if off:
         aligned = features.element_size()
         raise ValueError(f"features: expected memory aligned to {aligned} bytes, got an address {off} behind one")
+    with torch.cuda.device(features.device):  # Triton launches on the current one
+        return _score_by_triton(keep_distances, features, *args, **kwargs)
+
+
+def _score_by_triton(keep_distances: bool, *args: Any, **kwargs: Any) -> Any:
+    """Checked once more, because a direct call through ``torch.ops`` comes straight here."""
+    given = _bound("gate_distances", args, kwargs)
+    check_gate(**given)
     scores = _triton_score()(*given.values(), keep_distances)
     return scores if keep_distances else scores[:2]
 
@@ -266,12 +270,12 @@ def _triton_score() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     return torch.library.triton_op("dgate_rt::triton_score", score, mutates_args=())
 
 
-def _traced_score(on_cuda: Callable[..., Any], mode: Any, op: Any, types: Any, args: Any, kwargs: Any) -> Any:
-    """How compilers see a score: on CUDA as its Triton kernels, elsewhere as one operator."""
+def _traced_score(keep_distances: bool, mode: Any, op: Any, types: Any, args: Any, kwargs: Any) -> Any:
+    """How compilers see a score: on CUDA as ``triton_score``, into which they look, elsewhere as one operator."""
     if args[0].device.type != "cuda":
         return mode.__torch_dispatch__(op, types, args, kwargs)
     with mode:
-        return on_cuda(*args, **kwargs)
+        return _score_by_triton(keep_distances, *args, **(kwargs or {}))
 
 
 def _score_fake(features: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -297,10 +301,9 @@ def _register(name: str, fallback: Callable[..., Any], fake: Callable[..., Any])
 for _name, _fake in (("gate_score", _score_fake), ("gate_distances", _distances_fake)):
     _register(_name, functools.partial(_score_by_reference, _name), _fake)
     if importlib.util.find_spec("triton") is not None:
-        _on_cuda = functools.partial(_score_on_cuda, _name == "gate_distances")
-        _library.impl(_name, _on_cuda, "CUDA")
-        torch.library.register_torch_dispatch(
-            f"dgate_rt::{_name}", FunctionalTensorMode, functools.partial(_traced_score, _on_cuda), lib=_library
-        )
+        _keep = _name == "gate_distances"
+        _library.impl(_name, functools.partial(_score_on_cuda, _keep), "CUDA")
+        _rule = functools.partial(_traced_score, _keep)
+        torch.library.register_torch_dispatch(f"dgate_rt::{_name}", FunctionalTensorMode, _rule, lib=_library)
 _register("route_", _route_by_reference, _route_fake)
 _loaded: dict[str, str | None] = {name: _load(name) for name in ("_C", "_C_cuda")}  # None: loaded; else why not

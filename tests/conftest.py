@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Callable, Iterator
 
 import hypothesis
 import numpy as np
@@ -42,6 +43,27 @@ def _same_start():
     yield
     if torch.get_num_threads() != threads:
         torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Where a test makes its tensors."""
+    with torch.device(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def cpu(device: str) -> None:
+    """For what is promised or known on the CPU alone."""
+    if device != "cpu":
+        pytest.skip("said of the CPU kernels only")
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
 
 
 def conv_block(channels_in: int, channels: int, stride: int = 1) -> nn.Sequential:
