@@ -18,7 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
@@ -245,9 +245,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
     beyond = [row for row in found if row.ratio > LIMIT]
     print(f"\n{len(beyond)} of {len(found)} rows move more than {LIMIT} times the least.")
     if given.json is not None:
-        listed = [{**asdict(row), "gate": gates.index(row.gate)} for row in found]
-        head = {"model": __doc__, "commit": commit(), "devices": [asdict(device) for device in DEVICES]}
-        given.json.write_text(json.dumps({**head, "gates": [asdict(g) for g in gates], "rows": listed}) + "\n")
+        given.json.write_text(json.dumps(_as_json(gates, found)) + "\n")
+
+
+def _as_json(gates: Sequence[GateShape], found: Sequence[Row]) -> dict[str, object]:
+    """All rows, each a list under ``columns``; ``gate`` is an index into ``gates``."""
+    columns = [field.name for field in fields(Row)]
+    listed = [[gates.index(row.gate), *(_short(getattr(row, name)) for name in columns[1:])] for row in found]
+    return {
+        "command": "python -m dgate_rt.bench.roofline --json FILE",
+        "commit": commit(),
+        "model": "from shapes and data sheets; nothing was measured",
+        "devices": [asdict(device) for device in DEVICES],
+        "gates": [asdict(gate) for gate in gates],
+        "columns": columns,
+        "rows": listed,
+    }
+
+
+def _short(value: object) -> object:
+    return round(value, 3) if isinstance(value, float) else value
 
 
 if __name__ == "__main__":

@@ -65,4 +65,5 @@ def test_the_command_writes_every_row(
     assert "nothing was measured" in capsys.readouterr().out
     written = json.loads((tmp_path / "roofline.json").read_text())
     assert len(written["rows"]) == len(gates) * 90
-    assert written["rows"][-1]["gate"] == len(gates) - 1
+    last = dict(zip(written["columns"], written["rows"][-1], strict=True))
+    assert (last["gate"], last["batch_size"], last["device"]) == (len(gates) - 1, 1024, "B200")
