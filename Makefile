@@ -24,6 +24,7 @@ test: install ## the tests
 	$(BIN)/pytest
 
 gpu: install ## on a machine with a GPU: the tests that need one, the sanitizers, and the times of the gates
+	DGATE_RT_BUILD_CUDA=1 $(BIN)/python setup.py -q build_ext --inplace
 	$(BIN)/pytest -m gpu
 	$(BIN)/python -m dgate_rt.bench.gates
 

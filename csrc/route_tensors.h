@@ -45,33 +45,32 @@ Vector<T> writing(const Tensor& tensor) {
   return {tensor.mutable_data_ptr<T>(), tensor.stride(0)};
 }
 
-// The bytes from the first to the last element of a tensor, and its argument's name.
+// The memory of one argument: `extent` bytes, `times` over, `step` bytes from one to the next.
 struct Span {
   const char* name;
-  const Tensor* tensor;
   const char *begin, *end;
+  int64_t step, extent, times;
 
   static Span of(const char* name, const Tensor& tensor) {
     const char* begin = static_cast<const char*>(tensor.const_data_ptr());
-    int64_t last = 0;
+    const int64_t element = static_cast<int64_t>(tensor.element_size());
+    const int64_t step = tensor.dim() ? tensor.stride(0) * element : 0;
+    int64_t last = 0;  // of a row
     for (int64_t dim = 0; dim < tensor.dim(); ++dim) {
-      if (tensor.size(dim) == 0) return {name, &tensor, begin, begin};
-      last += (tensor.size(dim) - 1) * tensor.stride(dim);
+      if (tensor.size(dim) == 0) return {name, begin, begin, step, 0, 0};
+      if (dim > 0) last += (tensor.size(dim) - 1) * tensor.stride(dim);
     }
-    return {name, &tensor, begin, begin + (last + 1) * static_cast<int64_t>(tensor.element_size())};
+    const int64_t extent = (last + 1) * element, rows = tensor.dim() ? tensor.size(0) : 1;
+    return {name, begin, begin + (rows - 1) * step + extent, step, extent, rows};
   }
-  bool meets(const Span& other) const { return begin < other.end && other.begin < end; }
-};
 
-// Two columns of one matrix interleave: their spans meet, their elements do not.
-inline bool interleave(const Tensor& a, const Tensor& b) {
-  if (a.dim() != 1 || b.dim() != 1 || a.stride(0) != b.stride(0) || a.element_size() != b.element_size()) return false;
-  const int64_t element = static_cast<int64_t>(a.element_size()), step = a.stride(0) * element;
-  const int64_t apart = static_cast<const char*>(a.const_data_ptr()) - static_cast<const char*>(b.const_data_ptr());
-  if (step <= 0) return false;
-  const int64_t shift = (apart % step + step) % step;
-  return shift >= element && step - shift >= element;
-}
+  bool meets(const Span& other) const {
+    if (begin >= other.end || other.begin >= end) return false;
+    if (step != other.step || step <= 0) return true;
+    const int64_t shift = ((begin - other.begin) % step + step) % step;  // columns of one table do not meet
+    return shift < other.extent || step - shift < extent;
+  }
+};
 
 // What is written must be memory of its own: rows run in no particular order, and on CUDA all at once.
 inline void check_separate(const RouteTensors& in) {
@@ -89,12 +88,13 @@ inline void check_separate(const RouteTensors& in) {
   add(others, "waiting", in.waiting);
   add(others, "buckets", in.buckets);
   add(others, "handles", in.handles);
+  for (const Tensor& tensor : in.src) others.push_back(Span::of("src", tensor));
+  for (const Tensor& tensor : in.dest) written.push_back(Span::of("dest", tensor));
   for (const Span& span : written) {
-    DGATE_CHECK(span.tensor->dim() == 0 || span.tensor->size(0) < 2 || span.tensor->stride(0) != 0, span.name,
+    DGATE_CHECK(span.times < 2 || span.step != 0, span.name,
                 ": expected memory of its own for every element, got a stride of 0");
     for (const Span& other : others) {
-      DGATE_CHECK(!span.meets(other) || interleave(*span.tensor, *other.tensor), span.name,
-                  ": expected memory of its own, got some that ", other.name, " uses");
+      DGATE_CHECK(!span.meets(other), span.name, ": expected memory of its own, got some that ", other.name, " uses");
     }
     others.push_back(span);
   }
@@ -203,21 +203,11 @@ inline CheckedRoute check_route(const RouteTensors& in) {
   DGATE_CHECK(!in.buckets || bucket_count > 0, "buckets: expected at least one size, got none");
   DGATE_CHECK(in.buckets || !(in.bucket || in.handles), "buckets: expected sizes to choose from, got none");
   if (in.handles) check_tensor("handles", *in.handles, {gates}, ScalarType::Long, place);
-  check_separate(in);
-
   CheckedRoute checked{};
-  std::vector<Span> sources, targets;
   for (size_t i = 0; i < in.src.size(); ++i) {
     checked.carried.push_back(match_rows(i, in.src[i], in.dest[i], rows, capacity, place));
-    if (checked.carried.back().bytes == 0) continue;
-    sources.push_back(Span::of("src", in.src[i]));
-    targets.push_back(Span::of("dest", in.dest[i]));
   }
-  for (const Span& target : targets) {
-    for (const Span& source : sources) {
-      DGATE_CHECK(!target.meets(source), "dest: expected memory of its own, got some that src uses");
-    }
-  }
+  check_separate(in);
 
   const auto pointer = [](const std::optional<Tensor>& tensor) {
     return tensor ? tensor->const_data_ptr<int32_t>() : nullptr;

@@ -15,7 +15,8 @@ from torch import Tensor
 from dgate_rt.gate import Criterion, Pool
 
 FEATURE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_MOST_WEIGHTS = 2**31 - 1  # kernels address a gate's weights with 32 bits
+_MOST_WEIGHTS = 2**31 - 1
+_MOST_CLASSES = 16 * 65_535  # a launch has so many tiles of 16 at most
 
 
 def _expect_member(name: str, value: str, kind: type[Enum]) -> None:
@@ -61,6 +62,8 @@ def check_gate(features: Tensor, weight: Tensor, bias: Tensor, pool: str, count:
     classes = weight.shape[0]
     if classes == 0:
         raise ValueError(f"weight: expected at least one class, got {_text(weight.shape, weight.dtype)}")
+    if classes > _MOST_CLASSES:
+        raise ValueError(f"weight: expected at most {_MOST_CLASSES} classes, got {classes}")
     if classes * width > _MOST_WEIGHTS:
         got = f"{classes} classes x {width} features"
         raise ValueError(f"weight: expected at most {_MOST_WEIGHTS} elements, got {got}")

@@ -73,7 +73,10 @@ class Criterion(str, Enum):
     MARGIN = "margin"
     """The largest distance, ``max_k d_k``."""
     SOFTMAX = "softmax"
-    """The largest softmax probability, ``max_k softmax(d)_k``; from 1/K to 1."""
+    """The largest softmax probability, ``max_k softmax(d)_k``; from 1/K to 1.
+
+    Float32 has few numbers close below 1: of samples that are nearly certain many are alike. Entropy tells them apart.
+    """
     ENTROPY = "entropy"
     """The entropy of the softmax in nats, negated, ``sum_k p_k log p_k``; from ``-log K`` to 0."""
 

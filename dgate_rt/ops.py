@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from enum import IntFlag
@@ -24,6 +25,7 @@ from dgate_rt.checks import check_gate, check_route
 from dgate_rt.gate import Criterion, Pool
 
 _library = torch.library.Library("dgate_rt", "DEF")
+_lock = threading.Lock()
 _library.define(
     "gate_score(Tensor features, Tensor weight, Tensor bias, str pool, Tensor? count=None, str criterion='margin')"
     " -> (Tensor margin, Tensor label)"
@@ -112,8 +114,9 @@ def route_(
     ``bucket`` becomes the index of the smallest of ``buckets`` that holds ``dest_count`` rows, or their number B where
     no row goes on. On CUDA ``handles[gate]``, unless it is 0, is a ``cudaGraphConditionalHandle`` that gets that index.
 
-    Numbers that lie on the device are checked there. On the CPU a wrong one is an error; on CUDA it adds a
-    `RouteError` to ``status``, which is never cleared here. Either way nothing is written (see `RouteError.ID`).
+    Numbers that lie on the device are checked there. On the CPU, and where the reference runs, a wrong one is an error;
+    the CUDA kernel adds a `RouteError` to ``status``, which is never cleared here. Either way nothing is written (but
+    see `RouteError.ID`), ``dest_count`` and ``bucket`` included: without ``status`` nobody learns of it on CUDA.
 
     Raises:
         ValueError: if arguments do not fit each other, an id is no index of the outputs, or ``dest`` or the largest
@@ -258,13 +261,16 @@ def _score_by_triton(keep_distances: bool, *args: Any, **kwargs: Any) -> Any:
     """Checked once more, because a direct call through ``torch.ops`` comes straight here."""
     given = _bound("gate_distances", args, kwargs)
     check_gate(**given)
-    scores = _triton_score()(*given.values(), keep_distances)
+    with _lock:
+        operator = _triton_score()
+    with torch.no_grad():  # autograd lets a score through to here, and would ask the inner operator for a gradient
+        scores = operator(*given.values(), keep_distances)
     return scores if keep_distances else scores[:2]
 
 
 @functools.cache
 def _triton_score() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    """``torch.ops.dgate_rt.triton_score``; made when it is first needed, because it imports Triton."""
+    """``torch.ops.dgate_rt.triton_score``; made when it is first needed, because it imports Triton. Hold `_lock`."""
     from dgate_rt.kernels.gate_score import score
 
     return torch.library.triton_op("dgate_rt::triton_score", score, mutates_args=())

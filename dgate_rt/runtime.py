@@ -13,6 +13,9 @@ from dgate_rt.errors import ExecutorError
 from dgate_rt.executors import EXECUTORS, GatedModel, Predictions, deploy, prefers_channels_last
 from dgate_rt.program import GateProgram, check_thresholds
 
+MOST_ROWS_ON_CUDA = 65_536
+"""What one launch of the route takes; kMaxRows in csrc/cuda/route_arguments.h."""
+
 
 def compile(
     program: GateProgram,
@@ -51,6 +54,8 @@ def compile(
         device = torch.device(device)
     except RuntimeError as error:
         raise ValueError(f"device: expected a name such as 'cpu' or 'cuda', got {device!r}") from error
+    if device.type == "cuda" and batch_size > MOST_ROWS_ON_CUDA:
+        raise ValueError(f"batch_size: expected at most {MOST_ROWS_ON_CUDA} on cuda, got {batch_size}")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ExecutorError(f"device: {device} was asked for, but torch sees no CUDA device here")
     reason = "asked for"

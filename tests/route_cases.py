@@ -15,7 +15,7 @@ from torch import Tensor
 from dgate_rt import reference
 from dgate_rt.gate import leaves
 
-BAD_COUNT, BAD_WAITING, OVERFLOW, NO_BUCKET, BAD_ID = 1, 2, 4, 8, 16  # RouteError in csrc/cuda/route.cuh
+BAD_COUNT, BAD_WAITING, OVERFLOW, NO_BUCKET, BAD_ID = 1, 2, 4, 8, 16  # RouteError in csrc/cuda/route_arguments.h
 VECTORS = ("ids", "margin", "label", "dest_ids", "out_labels", "out_scores", "out_exits", "buckets")
 SCALARS = ("count", "threshold", "dest_count", "waiting", "bucket", "handle", "status")
 LARGEST = float(np.finfo(np.float32).max)

@@ -63,7 +63,7 @@ def make(n: int, shape: tuple[int, ...], dtype: torch.dtype = torch.float32, lay
 
 def make_gate(features: Tensor, classes: int, pool: str) -> tuple[Tensor, Tensor]:
     width = reference.pool_features(features[:0], pool).shape[1]
-    return torch.randn(classes, width), torch.randn(classes)
+    return torch.randn(classes, width) / max(width, 1) ** 0.5, torch.randn(classes)  # distances of order one
 
 
 def assert_same_scores(got: tuple[Tensor, ...], expected: tuple[Tensor, ...], tolerance: float) -> None:

@@ -18,17 +18,29 @@ from dgate_rt import ops
 pytest.importorskip("triton", reason="needs Triton")
 
 PRELUDE = """
-import logging
-import torch
+import torch, triton
 from functorch.compile import aot_function
 from torch._subclasses import FakeTensorMode
+from triton.backends.compiler import GPUTarget
 from dgate_rt import ops
 
-logging.disable(logging.WARNING)  # without a driver the compiler cannot tell which tensors a kernel writes, and says so
+class Driver:  # so that the compiler can read a kernel for what it writes
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+    def get_active_torch_device(self):
+        return torch.device("cuda", 0)
+
+triton.runtime.driver.set_active(Driver())
 graphs = []
 def note(graph, arguments):
-    graphs.append(graph.code)
+    graphs.append(graph)
     return graph
+
+def triton_kernels(graph):
+    return [node for node in graph.graph.nodes if "triton_kernel_wrapper_functional" in str(node.target)]
+
+def written(graph):
+    return sorted({name for node in triton_kernels(graph) for name in node.kwargs["tensors_to_clone"]})
 
 def trace(function, *arguments):
     try:
@@ -49,7 +61,20 @@ with FakeTensorMode(), torch.device("cuda"):
 with FakeTensorMode(), torch.device("cpu"):
     cpu = trace(lambda *a: ops.gate_score(*a), torch.empty(8, 64), torch.empty(10, 64), torch.empty(10))
 for graph in (score, distances, wide, cpu):
-    print(graph.count("triton_kernel_wrapper_functional("), graph.count("dgate_rt.gate_score"))
+    print(len(triton_kernels(graph)), graph.code.count("dgate_rt.gate_score"), *written(graph))
+"""
+
+THREADS = """
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+
+together = Barrier(8)
+def first_score(_):
+    together.wait()
+    return ops._score_by_triton(False, torch.empty(0, 4), torch.empty(3, 4), torch.empty(3), "avg")
+
+with ThreadPoolExecutor(8) as pool:
+    print(len(list(pool.map(first_score, range(8)))))
 """
 
 
@@ -64,11 +89,24 @@ def run(code: str) -> str:
 
 
 def test_compilers_see_the_triton_kernels_of_a_score_on_cuda_and_one_operator_on_the_cpu() -> None:
-    score, distances, wide, cpu = (tuple(map(int, line.split())) for line in run(TRACE).splitlines())
-    assert score == distances == (1, 0)
-    assert wide[0] > 1  # pools, multiplies, combines
-    assert wide[1] == 0
-    assert cpu == (0, 1)
+    score, distances, wide, cpu = (line.split() for line in run(TRACE).splitlines())
+    assert score == ["1", "0", "labels", "margin"]
+    assert distances == ["1", "0", "distances", "labels", "margin"]
+    assert int(wide[0]) > 1  # pools, multiplies, combines
+    assert wide[1:] == ["0", "labels", "margin", "partial", "pooled", "tile_labels"]
+    assert cpu == ["0", "1"]
+
+
+def test_threads_may_score_for_the_first_time_at_once() -> None:
+    assert run(THREADS) == "8\n"
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton's interpreter")
+def test_a_score_by_triton_has_no_gradient() -> None:
+    weight = torch.ones(2, 4, requires_grad=True)
+    margin, _ = ops._score_by_triton(False, torch.ones(3, 4), weight, torch.zeros(2), "avg")
+    assert torch.equal(margin, torch.full((3,), 4.0))
+    assert not margin.requires_grad
 
 
 @pytest.mark.parametrize("operator", ["gate_score", "gate_distances", "route_"])

@@ -10,7 +10,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +22,8 @@ from dgate_rt import ops, reference
 pytestmark = pytest.mark.gpu
 
 
-@pytest.fixture
-def no_synchronisation() -> Iterator[None]:
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    yield
-    torch.cuda.set_sync_debug_mode("default")
-
-
 class Gate:
-    """One gate of capacity N with everything allocated: score, then route into an arena."""
+    """One gate of at least 20 rows with everything allocated: score, then route into an arena."""
 
     def __init__(self, n: int = 300, channels: int = 64, classes: int = 10) -> None:
         def i32(value: int) -> Tensor:
@@ -44,7 +35,7 @@ class Gate:
         self.ids = torch.arange(n, device="cuda")
         self.dest, self.dest_ids = torch.empty_like(self.features), torch.empty_like(self.ids)
         self.dest_count, self.bucket, self.status = i32(0), i32(0), i32(0)
-        self.buckets = torch.tensor([64, 128, n], dtype=torch.int32, device="cuda")
+        self.buckets = torch.tensor([n // 4, n // 2, n], dtype=torch.int32, device="cuda")
         self.labels, self.exits = torch.full_like(self.ids, -1), torch.full_like(self.ids, -1)
         self.scores = torch.full((n,), math.nan, device="cuda")
 
@@ -72,15 +63,28 @@ class Gate:
         assert int(self.bucket) == (int((self.buckets < survivors).sum()) if survivors else len(self.buckets))
 
 
-def test_a_gate_never_waits_for_the_device(no_synchronisation: None) -> None:
-    gate = Gate()
-    gate.run()
-    torch.cuda.set_sync_debug_mode("default")
+@pytest.fixture(params=["fused", "split", "pooled"])
+def gate(request: pytest.FixtureRequest) -> Gate:
+    """A gate whose score is one launch; one whose channels are split; one that pools, multiplies and combines."""
+    made = {"fused": {}, "split": {"n": 20, "channels": 512}, "pooled": {"classes": 1000}}[request.param]
+    gate = Gate(**made)
+    gate.run()  # compiles and loads the kernels
+    torch.cuda.synchronize()
+    return gate
+
+
+def test_a_gate_never_waits_for_the_device(gate: Gate) -> None:
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        gate.run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
     gate.check()
 
 
-def test_a_gate_runs_on_the_current_stream() -> None:
-    gate, stream = Gate(), torch.cuda.Stream()
+def test_a_gate_runs_on_the_current_stream(gate: Gate) -> None:
+    stream = torch.cuda.Stream()
+    gate.exits.fill_(-1)
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):
         torch.cuda._sleep(50_000_000)  # so that work on another stream would run too early
@@ -91,15 +95,12 @@ def test_a_gate_runs_on_the_current_stream() -> None:
     assert bool(everyone)
 
 
-def test_a_captured_gate_obeys_count_and_thresholds_that_change() -> None:
-    gate, graph = Gate(), torch.cuda.CUDAGraph()
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        gate.run()  # compiles the Triton kernels
-    stream.synchronize()
+def test_a_captured_gate_obeys_count_and_thresholds_that_change(gate: Gate) -> None:
+    graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         gate.run()
-    for count, threshold in ((300, 0.5), (17, 0.1), (0, 0.5), (299, math.inf), (128, -math.inf), (300, 0.7)):
+    n = len(gate.ids)
+    for count, threshold in ((n, 0.5), (17, 0.1), (0, 0.5), (n - 1, math.inf), (n // 2, -math.inf), (n, 0.7)):
         gate.count.fill_(count)
         gate.thresholds.fill_(threshold)
         gate.exits.fill_(-1)
@@ -108,9 +109,7 @@ def test_a_captured_gate_obeys_count_and_thresholds_that_change() -> None:
         gate.check()
 
 
-def test_compilers_take_a_gate_whole() -> None:
-    gate = Gate()
-
+def test_compilers_take_a_gate_whole(gate: Gate) -> None:
     def score(features: Tensor) -> tuple[Tensor, Tensor]:
         return ops.gate_score(features * 2, gate.weight, gate.bias)
 
@@ -150,15 +149,44 @@ def test_the_largest_batch() -> None:
         ops.route_(**too_many)
 
 
+def routes() -> None:
+    """A few routes for the sanitizers; all that is read was copied from the CPU, which initcheck can follow."""
+
+    def cuda(values: Any, dtype: torch.dtype) -> Tensor:
+        return torch.tensor(values, dtype=dtype).cuda()
+
+    for n, live, waiting, shape, dtype in (
+        (300, 300, 0, (24,), torch.float32),
+        (300, 257, 5, (13,), torch.uint8),
+        (33, 1, 0, (4097,), torch.bfloat16),
+        (5, 0, 2, (3, 2), torch.float64),
+    ):
+        capacity = n + waiting
+        arena = torch.zeros(capacity, *shape, dtype=dtype).cuda()
+        out = {name: torch.zeros(n, dtype=torch.int64).cuda() for name in ("out_labels", "out_exits")}
+        ops.route_(
+            [torch.ones(n, *shape, dtype=dtype).cuda()], torch.arange(n).cuda(), torch.rand(n).cuda(),
+            torch.arange(n).cuda(), cuda(live, torch.int32), cuda([0.5], torch.float32), 0, [arena],
+            torch.zeros(capacity, dtype=torch.int64).cuda(), cuda(0, torch.int32),
+            out_scores=torch.zeros(n).cuda(), waiting=cuda(waiting, torch.int32),
+            buckets=cuda([capacity // 2, capacity], torch.int32), bucket=cuda(0, torch.int32),
+            status=cuda(0, torch.int32), **out,
+        )  # fmt: skip
+    torch.cuda.synchronize()
+
+
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck", "initcheck"])
 def test_the_compute_sanitizer_finds_nothing(tool: str) -> None:
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is None:
         pytest.skip("needs compute-sanitizer, from a CUDA toolkit")
-    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); from test_gpu import Gate; Gate().run()"
-    command = [sanitizer, "--tool", tool, "--error-exitcode", "9", "--kernel-regex", "kns=route", sys.executable, "-c"]
+    command = [sanitizer, "--tool", tool, "--error-exitcode", "9", "--kernel-regex", "kns=route_kernel"]
+    if tool == "memcheck":
+        command += ["--report-api-errors", "no"]  # torch asks for things that may fail
+    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); from test_gpu import routes; routes()"
     apart = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # each tensor an allocation of its own
-    run = subprocess.run([*command, code], capture_output=True, text=True, env=apart, check=False)
+    command += [sys.executable, "-c", code]
+    run = subprocess.run(command, capture_output=True, text=True, env=apart, check=False)
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
 
 

@@ -309,6 +309,28 @@ def test_route_refuses_what_is_written_and_used_otherwise(written: str, read: st
         ops.route_(**arguments)
 
 
+def test_route_refuses_destinations_that_are_one_or_lie_over_what_it_reads() -> None:
+    arguments = small_route(src=[torch.zeros(4, 3), torch.ones(4, 3)], margin=torch.zeros(4))
+    one = torch.zeros(6, 3)
+    with pytest.raises(ValueError, match="dest: expected memory of its own, got some that dest uses"):
+        ops.route_(**{**arguments, "dest": [one, one]})
+    over = torch.zeros(6, 3)
+    with pytest.raises(ValueError, match="dest: expected memory of its own, got some that margin uses"):
+        ops.route_(**{**arguments, "dest": [one, over], "margin": over.view(-1)[:4]})
+    with pytest.raises(ValueError, match="out_scores: expected memory of its own, got some that src uses"):
+        ops.route_(**{**arguments, "dest": [one, over], "out_scores": arguments["src"][1].view(-1)[:9]})
+
+
+def test_route_takes_destinations_that_lie_row_by_row_side_by_side() -> None:
+    arguments = route_arguments(20, 20, [(torch.float32, (3,), "contiguous"), (torch.float32, (5,), "contiguous")], 0.5)
+    expected = copied(arguments)
+    reference.route_(**expected)
+    table = torch.zeros(20, 8)
+    count = int(expected["dest_count"])
+    ops.route_(**{**arguments, "dest": [table[:, :3], table[:, 3:]]})
+    assert torch.equal(table[:count], torch.cat(expected["dest"], 1)[:count])
+
+
 def test_route_takes_outputs_that_interleave() -> None:
     arguments = route_arguments(20, 20, [], 0.5)
     expected = copied(arguments)

@@ -230,6 +230,8 @@ def test_compile_refuses_what_it_cannot_do(tiny_staged, tiny_gates, tiny_images)
         dg.compile(program, batch_size=0)
     with pytest.raises(ValueError, match="executor: expected one of 'auto', 'dense', 'eager', got 'fast'"):
         dg.compile(program, executor="fast")
+    with pytest.raises(ValueError, match="batch_size: expected at most 65536 on cuda, got 65537"):
+        dg.compile(program, batch_size=65_537, device="cuda")
     if not torch.cuda.is_available():
         with pytest.raises(dg.ExecutorError, match="sees no CUDA device"):
             dg.compile(program, device="cuda")

@@ -25,7 +25,6 @@ from tensors import (
     moved,
     name,
 )
-from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from dgate_rt import ops, reference
@@ -190,6 +189,11 @@ def test_bits_depend_on_neither_batch_nor_place_nor_threads(
             assert all(torch.equal(a, b[start:stop]) for a, b in zip(part, whole, strict=True)), (workers, start, stop)
 
 
+def test_more_classes_than_a_launch_has_tiles_for_are_refused() -> None:
+    with FakeTensorMode(), pytest.raises(ValueError, match="weight: expected at most 1048560 classes, got 2000000"):
+        ops.gate_score(torch.empty(2, 4), torch.empty(2_000_000, 4), torch.empty(2_000_000))
+
+
 def test_a_decision_has_no_gradient() -> None:
     margin, label = ops.gate_score(make(3, (4,)), torch.ones(2, 4, requires_grad=True), torch.zeros(2))
     assert not margin.requires_grad
@@ -255,14 +259,16 @@ def test_more_weights_than_kernels_address_are_refused() -> None:
         ops.gate_score(torch.empty(2, 40_000), torch.empty(70_000, 40_000), torch.empty(70_000))
 
 
-def test_a_tensor_of_another_device_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"weight: expected \[K, 64\] float32 on cpu, got \[10, 64\] float32 on meta"):
+def test_a_tensor_of_another_device_is_refused(device: str) -> None:
+    expected = rf"weight: expected \[K, 64\] float32 on {device}(:0)?, got \[10, 64\] float32 on meta"
+    with pytest.raises(ValueError, match=expected):
         ops.gate_score(torch.ones(8, 64), torch.ones(10, 64, device="meta"), torch.ones(10))
 
 
-@pytest.mark.parametrize("count", [None, torch.tensor(3, dtype=torch.int32)], ids=["all", "count"])
+@pytest.mark.parametrize("live", [None, 3], ids=["all", "count"])
 @pytest.mark.parametrize("operator", ["gate_score", "gate_distances"])
-def test_opcheck_of_the_scores(operator: str, count: Tensor | None) -> None:
+def test_opcheck_of_the_scores(operator: str, live: int | None) -> None:
+    count = None if live is None else i32(live)
     features = make(5, SHAPES["4d"])
     weight, bias = make_gate(features, 10, "avg")
     overload = getattr(torch.ops.dgate_rt, operator).default

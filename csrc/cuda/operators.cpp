@@ -29,6 +29,7 @@ void route_on_cuda(const RouteTensors& tensors) {
   void* stream = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   const auto error = static_cast<cudaError_t>(launch_route(arguments, device, stream));
+  if (error != cudaSuccess) cudaGetLastError();  // or the next launch of somebody else would find it
   STD_TORCH_CHECK(error == cudaSuccess, "dgate_rt::route_: launch failed: ", cudaGetErrorString(error));
 }
 
