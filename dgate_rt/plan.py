@@ -1,0 +1,117 @@
+"""Which sub-batch sizes to prepare a stage for: the buckets, chosen so that padding costs least.
+
+An executor that cannot run a stage at any size prepares it at a few, the buckets, and runs the smallest that holds the
+samples that are left. Which sizes are worth having depends on how many samples arrive and on what the stage costs at
+each size::
+
+    E[cost of a stage] = sum over n >= 1 of P(n samples arrive) * cost(smallest bucket >= n)
+
+The best M sizes follow by dynamic programming over the largest bucket used so far; they always include the batch size,
+since everybody may stay. A batch of which nobody arrives costs nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class StageBuckets:
+    """The buckets of one stage, and what they are expected to cost a batch, in the unit of its costs."""
+
+    sizes: tuple[int, ...]  # ascending; the last is the batch size
+    expected: float  # with the batch padded to a bucket
+    ideal: float  # with a bucket for every size
+
+    @property
+    def waste(self) -> float:
+        """What padding adds, as a share of the ideal."""
+        return self.expected / self.ideal - 1 if self.ideal else 0.0
+
+    def size_for(self, count: int) -> int:
+        """The bucket that runs for so many samples; 0 for none."""
+        return next(size for size in (0, *self.sizes) if size >= count)
+
+
+def choose_buckets(
+    arrivals: Floats,  # [B + 1] float64; arrivals[n] is the probability that n samples arrive
+    cost: Floats,  # [B + 1] float64; cost[n] of running the stage on n samples; cost[0] is not read
+    buckets: int,
+) -> StageBuckets:
+    """The at most ``buckets`` sizes of one stage that minimise its expected cost.
+
+    Exact: equal to trying all choices. Costs need not grow with the size.
+
+    Raises:
+        ValueError: if the lengths differ, there is no size, or fewer than one bucket is asked for.
+    """
+    if arrivals.shape != cost.shape or arrivals.ndim != 1 or len(cost) < 2:
+        raise ValueError(
+            f"cost: expected one for each of 0 to B samples, like arrivals {arrivals.shape}, got {cost.shape}"
+        )
+    if buckets < 1:
+        raise ValueError(f"buckets: expected at least 1, got {buckets}")
+    batch_size = len(cost) - 1
+    mass = np.cumsum(arrivals)  # [B + 1]
+    # between[i, j]: probability that n lies in i < n <= j; a bucket of size j below which the next smaller one is i.
+    added = np.where(
+        np.tri(batch_size + 1, k=-1, dtype=bool).T, (mass[None, :] - mass[:, None]) * cost[None, :], np.inf
+    )
+    best = np.full(batch_size + 1, np.inf)
+    best[0] = 0.0  # nobody arrives: nothing runs
+    choices: list[NDArray[np.intp]] = []
+    reached = [best]
+    for _ in range(min(buckets, batch_size)):
+        total = reached[-1][:, None] + added
+        choices.append(total.argmin(0))
+        reached.append(total.min(0))
+    used = int(np.argmin([costs[batch_size] for costs in reached[1:]]))
+    sizes, size = [], batch_size
+    for choice in reversed(choices[: used + 1]):
+        sizes.append(size)
+        size = int(choice[size])
+    return StageBuckets(tuple(reversed(sizes)), float(reached[used + 1][batch_size]), float(arrivals[1:] @ cost[1:]))
+
+
+def binomial_arrivals(batch_size: int, share: float) -> Floats:  # [B + 1]
+    """How many of a batch arrive where each sample does with probability ``share``, by itself.
+
+    Raises:
+        ValueError: if ``share`` is no probability.
+    """
+    if not 0 <= share <= 1:
+        raise ValueError(f"share: expected 0 to 1, got {share}")
+    if share in (0.0, 1.0):
+        return np.eye(batch_size + 1)[batch_size if share else 0]
+    counts = np.arange(batch_size + 1)
+    factorials = np.array([math.lgamma(n + 1) for n in counts])
+    log_choose = factorials[-1] - factorials - factorials[::-1]
+    return np.exp(log_choose + counts * math.log(share) + counts[::-1] * math.log1p(-share))
+
+
+def interpolate_cost(
+    sizes: Sequence[int],  # measured, ascending
+    costs: Sequence[float],  # of a batch of each size
+    batch_size: int,
+) -> Floats:  # [B + 1]
+    """The cost of every size up to the batch size: straight lines between what was measured, and through the ends.
+
+    Raises:
+        ValueError: if there are not as many costs as sizes, none, or sizes do not ascend from 1 on.
+    """
+    if len(sizes) != len(costs) or not sizes or list(sizes) != sorted(set(sizes)) or sizes[0] < 1:
+        raise ValueError(
+            f"sizes: expected ascending sizes from 1 on, one a cost, got {list(sizes)} for {len(costs)} costs"
+        )
+    wanted = np.arange(batch_size + 1, dtype=np.float64)
+    found = np.interp(wanted, sizes, costs)
+    beyond = wanted > sizes[-1]
+    found[beyond] = costs[-1] * wanted[beyond] / sizes[-1]
+    return found
