@@ -118,9 +118,9 @@ def extensions() -> list[Extension]:
 
     common: dict[str, Any] = {"py_limited_api": True, "depends": sources("csrc", "**/*.h", "**/*.cuh")}
     cxx = ["-O3", "-fopenmp-simd", "-fvisibility=hidden", "-g0", *WARNINGS, ABI]
-    built = [
-        CppExtension("dgate_rt._C", sources("csrc", "*.cpp", "cpu/*.cpp"), extra_compile_args={"cxx": cxx}, **common)
-    ]
+    needs_cuda = sources("csrc/graph", "cuda_*.cpp")
+    host = [path for path in sources("csrc", "*.cpp", "cpu/*.cpp", "graph/*.cpp") if path not in needs_cuda]
+    built = [CppExtension("dgate_rt._C", host, extra_compile_args={"cxx": cxx}, **common)]
     with_cuda, reason = wants_cuda(setting, torch.version.cuda, toolkit)
     say(f"{'with' if with_cuda else 'without'} CUDA: {reason}")
     if with_cuda and toolkit is not None:
@@ -128,9 +128,8 @@ def extensions() -> list[Extension]:
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", newest)
         nvcc = ["-O3", "-Xcompiler", ",".join(WARNINGS), ABI, "-DUSE_CUDA"]
         args = {"cxx": [*cxx, "-DUSE_CUDA"], "nvcc": nvcc}
-        built.append(
-            CUDAExtension("dgate_rt._C_cuda", sources("csrc/cuda", "*.cpp", "*.cu"), extra_compile_args=args, **common)
-        )
+        device = [*sources("csrc/cuda", "*.cpp", "*.cu"), *needs_cuda]
+        built.append(CUDAExtension("dgate_rt._C_cuda", device, extra_compile_args=args, **common))
     return built
 
 

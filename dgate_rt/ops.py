@@ -42,6 +42,20 @@ _library.define(
 )
 _library.define("build_info() -> str")
 _library.define("cuda_info() -> int[]")
+for _schema in (  # graphs: `dgate_rt.graphs` says what they mean
+    "recording_graph_driver() -> int",
+    "cuda_graph_driver() -> int",
+    "graph_assemble(int driver, int stream, int[] captures, int[] buckets, str[] names) -> int[]",
+    "graph_launch(int graph, int stream) -> ()",
+    "graph_destroy(int graph) -> ()",
+    "graph_describe(int graph, str format) -> str",
+    "sim_capture(int callback, str nodes) -> int",
+    "sim_release(int capture) -> ()",
+    "sim_counts() -> int[]",
+    "sim_reset() -> ()",
+    "sim_call(str call, int[] arguments) -> int[]",
+):
+    _library.define(_schema)
 
 
 def gate_score(
@@ -63,7 +77,7 @@ def gate_score(
     """
     check_gate(features, weight, bias, pool, count, criterion)
     operator = torch.ops.dgate_rt.gate_score.default
-    return _call(operator, features, weight, bias, Pool(pool).value, count, Criterion(criterion).value)
+    return call(operator, features, weight, bias, Pool(pool).value, count, Criterion(criterion).value)
 
 
 def gate_distances(
@@ -81,7 +95,7 @@ def gate_distances(
     """
     check_gate(features, weight, bias, pool, count, criterion)
     operator = torch.ops.dgate_rt.gate_distances.default
-    return _call(operator, features, weight, bias, Pool(pool).value, count, Criterion(criterion).value)
+    return call(operator, features, weight, bias, Pool(pool).value, count, Criterion(criterion).value)
 
 
 def route_(
@@ -101,7 +115,7 @@ def route_(
     waiting: Tensor | None = None,  # [] int32
     buckets: Tensor | None = None,  # [B] int32, ascending
     bucket: Tensor | None = None,  # [] int32
-    handles: Tensor | None = None,  # [G] int64, CUDA only
+    handles: Tensor | None = None,  # [G] int64
     status: Tensor | None = None,  # [] int32
 ) -> None:
     """Let go the rows whose margin is finite and ``>= thresholds[gate]``; pack the others into ``dest``.
@@ -112,7 +126,8 @@ def route_(
     be memory of its own; so ``waiting`` is not ``dest_count``, which a device could not read and write in one launch.
 
     ``bucket`` becomes the index of the smallest of ``buckets`` that holds ``dest_count`` rows, or their number B where
-    no row goes on. On CUDA ``handles[gate]``, unless it is 0, is a ``cudaGraphConditionalHandle`` that gets that index.
+    no row goes on. ``handles[gate]``, unless it is 0, is a switch that gets that index: on CUDA a
+    ``cudaGraphConditionalHandle``, on the CPU one of the graph that the simulated driver runs (`dgate_rt.graphs`).
 
     Numbers that lie on the device are checked there. On the CPU, and where the reference runs, a wrong one is an error;
     the CUDA kernel adds a `RouteError` to ``status``, which is never cleared here. Either way nothing is written (but
@@ -126,7 +141,7 @@ def route_(
         src, ids, margin, label, count, thresholds, gate, dest, dest_ids, dest_count, out_labels, out_scores, out_exits,
         waiting, buckets, bucket, handles, status,
     )  # fmt: skip
-    _call(
+    call(
         torch.ops.dgate_rt.route_.default,
         src, ids, margin, label, count, thresholds, gate, dest, dest_ids, dest_count, out_labels, out_scores, out_exits,
         waiting, buckets, bucket, handles, status,
@@ -148,7 +163,8 @@ class RouteError(IntFlag):
     """An id was no index of the outputs. All else was written, the answer of that row was dropped."""
 
 
-def _call(operator: torch._ops.OpOverload, *args: Any) -> Any:
+def call(operator: torch._ops.OpOverload, *args: Any) -> Any:
+    """Call an operator of the extension; what it refuses about an argument is a ``ValueError``."""
     try:
         return operator(*args)
     except RuntimeError as error:  # from torch 2.15 on, what a kernel throws arrives as this, whatever it was
@@ -161,6 +177,11 @@ def _call(operator: torch._ops.OpOverload, *args: Any) -> Any:
 def extension_loaded() -> bool:
     """Whether the C++ kernels are there; else `reference` does their work."""
     return _loaded["_C"] is None
+
+
+def extension_error(name: str) -> str | None:
+    """Why ``"_C"`` or ``"_C_cuda"`` is not loaded, or None."""
+    return _loaded[name]
 
 
 def build_info() -> dict[str, Any]:
@@ -242,8 +263,10 @@ def _route_by_reference(*args: Any, **kwargs: Any) -> None:
     live = ids[: int(count)] if count is not None else ids
     if bool(((live < 0) | (live >= samples)).any()):
         raise ValueError(f"ids: expected 0 to {samples - 1}, got {int(live.min())} to {int(live.max())}")
-    if given.pop("handles") is not None:
-        raise ValueError("handles: expected none, since only the CUDA kernel sets a switch")
+    handles = given.pop("handles")
+    handle = 0 if handles is None else int(handles[given["gate"]])
+    if handle != 0:
+        raise ValueError(f"handles: expected 0, since only the extension sets a switch, got {handle}")
     del given["status"]
     reference.route_(**given)
 

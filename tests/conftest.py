@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dgate_rt.gate import Gate
+from dgate_rt.graphs import DriverCounts, driver_counts, reset_simulation
 
 CLASSES = 5
 
@@ -64,6 +66,20 @@ def threads() -> Iterator[Callable[[int], None]]:
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def simulation() -> Iterator[DriverCounts]:
+    """The recording driver with its counts at zero; the test must leave nothing more alive in it than it finds."""
+    if max(driver_counts()[-2:]) > 0:
+        gc.collect()  # what tests before this one left to it
+    reset_simulation()
+    before = driver_counts()
+    yield before
+    if driver_counts()[-2:] != before[-2:]:
+        gc.collect()
+    reset_simulation()
+    assert driver_counts()[-2:] == before[-2:], "graphs or captures were left behind"
 
 
 def conv_block(channels_in: int, channels: int, stride: int = 1) -> nn.Sequential:

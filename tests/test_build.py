@@ -148,7 +148,7 @@ import torch
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     import dgate_rt
-    from dgate_rt import ops
+    from dgate_rt import graphs, ops
     assert dgate_rt.__file__.startswith(sys.path[0])
     assert not [w for w in caught if "dgate_rt" in str(w.message)], "warned at import"
     features = torch.arange(12.0).view(3, 2, 2, 1)
@@ -166,6 +166,16 @@ with warnings.catch_warnings(record=True) as caught:
         ops.gate_score(features, weight, bias, "avg", torch.tensor(4, dtype=torch.int32))
     except ValueError as error:
         print(error)
+    for handle in (0, 7):
+        try:
+            ops.route_([features], ids, margin, label, None, torch.tensor([5.0]), 0, [dest], ids.clone(), i32,
+                       exits.clone(), margin.clone(), exits, buckets=i32[None] + 3, handles=torch.tensor([handle]))
+        except ValueError as error:
+            print(error)
+    try:
+        graphs.SimulatedCapture(int)
+    except dgate_rt.ExecutorError as error:
+        print(error)
     print(ops.extension_loaded(), ops.build_info()["error"])
 """
 
@@ -173,10 +183,12 @@ with warnings.catch_warnings(record=True) as caught:
 @pytest.mark.parametrize("binary", [None, b"not a library"], ids=["missing", "damaged"])
 def test_without_the_extension_the_reference_runs_and_says_so_once(tmp_path: Path, binary: bytes | None) -> None:
     output = run_copy(tmp_path, FALLBACK, **({"_C": binary} if binary else {})).splitlines()
-    warning, results, count_error, info = output
+    warning, results, count_error, switch_error, graph_error, info = output
     assert warning.count("dgate_rt extension is missing") == 1
     assert results == "[2.5, 6.5, 10.5] [1, 1, 1] [-1, 0, 0] 1 [0.0, 1.0, 2.0, 3.0]"
     assert count_error == "count: expected 0 to 3, got 4"
+    assert switch_error == "handles: expected 0, since only the extension sets a switch, got 7"
+    assert graph_error.startswith("driver: expected the extension that has 'recording', got none (")
     assert info.startswith("False ")
     assert ("not built" if binary is None else "_C.abi3.so") in info
 
@@ -186,7 +198,7 @@ def test_importing_touches_neither_a_gpu_nor_triton() -> None:
 import sys, torch
 before = set(sys.modules)
 import dgate_rt
-from dgate_rt import ops
+from dgate_rt import graphs, ops
 assert not torch.cuda.is_initialized()
 print([name for name in set(sys.modules) - before if name.split(".")[0] == "triton"])
 """

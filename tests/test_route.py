@@ -278,9 +278,20 @@ def test_an_id_that_is_no_index_is_an_error_on_the_cpu_and_a_status_on_cuda(bad:
 
 
 @pytest.mark.usefixtures("cpu")
-def test_no_graph_has_a_switch_on_the_cpu() -> None:
-    with pytest.raises(ValueError, match="handles: expected none on cpu"):
-        ops.route_(**small_route(buckets=i32(9)[None], handles=torch.ones(3).long()))
+@pytest.mark.parametrize("handle", [1, -1, 2**60])
+def test_a_switch_on_the_cpu_is_one_of_the_simulated_driver(handle: int) -> None:
+    arguments = small_route(buckets=i32(9)[None], bucket=i32(7), handles=torch.tensor([0, handle, 0]))
+    before = copied(arguments)
+    with pytest.raises(ValueError, match=f"handles: expected a switch of the simulated driver, got {handle}"):
+        ops.route_(**arguments)
+    assert_same_arenas(arguments, before)
+    assert arguments["bucket"] == 7
+
+
+def test_a_handle_of_zero_is_no_switch(device: str) -> None:
+    arguments = small_route(buckets=i32(9)[None], bucket=i32(7), handles=torch.tensor([5, 0, 5]))
+    ops.route_(**arguments)
+    assert arguments["bucket"] == 0
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "../graph/recording_driver.h"
 #include "operators.h"
 
 namespace dgate_rt {
@@ -29,7 +30,10 @@ void copy_rows(const Rows& rows, const std::vector<int64_t>& keep, int64_t start
 
 void route_on_cpu(const RouteTensors& tensors) {
   const auto [route, carried] = check_route(tensors);
-  DGATE_CHECK(route.handle == nullptr, "handles: expected none on cpu, where no graph has a switch");
+  // On the CPU only the simulated driver has switches.
+  const uint64_t handle = route.handle == nullptr ? 0 : static_cast<uint64_t>(*route.handle);
+  const std::string why_not = handle == 0 ? "" : graph::why_not_set(handle);
+  DGATE_CHECK(why_not.empty(), "handles: expected ", why_not);
   const int64_t live = live_rows(tensors.count, route.rows);
   const int64_t start = route.waiting == nullptr ? 0 : *route.waiting;
   DGATE_CHECK(0 <= start && start <= route.capacity, "waiting: expected 0 to ", route.capacity, ", got ", start);
@@ -61,6 +65,7 @@ void route_on_cpu(const RouteTensors& tensors) {
   for (const Rows& rows : carried) copy_rows(rows, keep, start);
   *route.dest_count = static_cast<int32_t>(total);
   if (route.bucket != nullptr) *route.bucket = find_bucket(route, total);
+  if (handle != 0) graph::set_switch(handle, static_cast<uint32_t>(find_bucket(route, total)));
 }
 
 }  // namespace dgate_rt
