@@ -157,21 +157,23 @@ class Gate(nn.Module):
             raise ValueError(f"features: expected pooled width {self.width}, got {got}")
         return nn.functional.linear(pooled, self.weight.float(), self.bias.float())
 
-    def score(self, features: Tensor) -> tuple[Tensor, Tensor]:  # margin [N] float32, label [N] int64
+    def score(
+        self,
+        features: Tensor,
+        count: Tensor | None = None,  # [] int32, rows that are live
+    ) -> tuple[Tensor, Tensor]:  # margin [N] float32, label [N] int64
         """Margin (by `criterion`) and label of every sample, through the fused operator (`ops.gate_score`)."""
         from dgate_rt import ops
 
-        return ops.gate_score(features, self.weight.detach(), self.bias.detach(), self.pool, criterion=self.criterion)
+        return ops.gate_score(features, self.weight.detach(), self.bias.detach(), self.pool, count, self.criterion)
 
     def distances(
-        self, features: Tensor
+        self, features: Tensor, count: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:  # margin [N] float32, label [N] int64, distances [N, K] float32
         """`score`, with the distances to all classes (`ops.gate_distances`)."""
         from dgate_rt import ops
 
-        return ops.gate_distances(
-            features, self.weight.detach(), self.bias.detach(), self.pool, criterion=self.criterion
-        )
+        return ops.gate_distances(features, self.weight.detach(), self.bias.detach(), self.pool, count, self.criterion)
 
     def extra_repr(self) -> str:
         text = f"width={self.width}, classes={self.classes}, pool={self.pool.value!r}"

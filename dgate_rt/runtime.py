@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from dgate_rt.errors import ExecutorError
-from dgate_rt.executors import EXECUTORS, GatedModel, Predictions, deploy, prefers_channels_last
+from dgate_rt.executors import EXECUTORS, Executor, GatedModel, Predictions, Setup, deploy, prefers_channels_last
 from dgate_rt.program import GateProgram, check_thresholds
 
 MOST_ROWS_ON_CUDA = 65_536
@@ -25,6 +26,7 @@ def compile(
     executor: str = "auto",
     scores: bool = False,
     channels_last: bool | None = None,
+    buckets: Sequence[int] | Literal["auto"] = "auto",
 ) -> Runtime:
     """Make a program ready to run.
 
@@ -33,15 +35,18 @@ def compile(
     Args:
         program: from `calibrate` or `load`.
         batch_size: the most samples to run at once; larger calls are cut up, smaller ones run as they are.
-        device: where to run.
-        executor: ``"dense"``, ``"eager"``, or ``"auto"``, which picks one and says which and why (`Runtime.describe`).
+        device: where to run. ``"cpu-sim"`` simulates a GPU's driver on the CPU, for tests and for the curious.
+        executor: ``"dense"``, ``"eager"``, ``"graph"``, or ``"auto"``, which picks one and says which and why
+            (`Runtime.describe`).
         scores: also return the ``[N, K]`` distances, or the logits of samples that ran to the end.
         channels_last: memory format of images and convolution weights. By default channels_last on the CPU if the
             network convolves images, where it is about twice as fast; otherwise the layout stays as it is.
+        buckets: for ``"graph"``, the batch sizes that stages behind a gate are prepared for, beside ``batch_size``; by
+            default the six that should cost least (`dgate_rt.plan`), a stage by itself.
 
     Raises:
         TypeError: if ``program`` is no program.
-        ValueError: on an unknown executor or device, or a batch size below one.
+        ValueError: on an unknown executor or device, or a batch size or bucket below one.
         ExecutorError: if the device or the executor that was asked for is not to be had here. Nothing falls back.
     """
     if not isinstance(program, GateProgram):
@@ -50,8 +55,11 @@ def compile(
         raise ValueError(f"batch_size: expected a whole number of at least 1, got {batch_size!r}")
     if executor not in ("auto", *EXECUTORS):
         raise ValueError(f"executor: expected one of 'auto', {', '.join(map(repr, EXECUTORS))}, got {executor!r}")
+    if buckets != "auto" and any(not isinstance(n, int) or n < 1 for n in buckets):
+        raise ValueError(f"buckets: expected 'auto' or whole numbers of at least 1, got {buckets!r}")
+    simulated = device == "cpu-sim"
     try:
-        device = torch.device(device)
+        device = torch.device("cpu" if simulated else device)
     except RuntimeError as error:
         raise ValueError(f"device: expected a name such as 'cpu' or 'cuda', got {device!r}") from error
     if device.type == "cuda" and batch_size > MOST_ROWS_ON_CUDA:
@@ -60,12 +68,29 @@ def compile(
         raise ExecutorError(f"device: {device} was asked for, but torch sees no CUDA device here")
     reason = "asked for"
     if executor == "auto":
-        executor, reason = "eager", "exact sub-batch sizes, on any device"
+        executor = "graph" if simulated else "eager"
+        reason = "what is simulated" if simulated else "exact sub-batch sizes, on any device"
+    kind = "cpu-sim" if simulated else device.type
+    if kind not in EXECUTORS[executor].devices:
+        raise ExecutorError(f"executor: {executor} runs on {' and '.join(EXECUTORS[executor].devices)}, not on {kind}")
     if channels_last is None:
         channels_last = prefers_channels_last(program.staged, program.input_shape, device)
     staged = deploy(program.staged, device, channels_last)
     model = GatedModel(staged, [copy.deepcopy(gate).to(device) for gate in program.gates], program.thresholds)
-    return Runtime(program, model, executor, reason, batch_size, scores, channels_last)
+    with torch.inference_mode():
+        classes = model.classes(program.input_shape, program.input_dtype) if scores else None
+    setup = Setup(
+        batch_size=batch_size,
+        sample_shape=program.input_shape,
+        dtype=program.input_dtype,
+        channels_last=channels_last,
+        classes=classes,
+        shares=program.point.shares,
+        stage_costs=program.costs.stages,
+        buckets=buckets,
+        simulated=simulated,
+    )
+    return Runtime(program, model, EXECUTORS[executor](model, setup), reason, setup)
 
 
 class Runtime:
@@ -75,27 +100,34 @@ class Runtime:
         self,
         program: GateProgram,
         model: GatedModel,
-        executor: str,
+        executor: Executor,
         reason: str,
-        batch_size: int,
-        scores: bool,
-        channels_last: bool,
+        setup: Setup,
     ) -> None:
         self.program = program
-        self.batch_size = batch_size
-        self.executor = executor
+        self.batch_size = setup.batch_size
+        self.executor = executor.name
         self.reason = reason
-        self.scores = scores
-        self.channels_last = channels_last
+        self.channels_last = setup.channels_last
         self.device = model.thresholds.device
         self._model = model
-        self._executor = EXECUTORS[executor](model)
+        self._executor = executor
+        self._setup = setup
         self._thresholds = tuple(program.thresholds)
 
     @property
     def thresholds(self) -> tuple[float, ...]:
         """The operating point in force, length G."""
         return self._thresholds
+
+    @property
+    def input(self) -> Tensor | None:  # [batch_size, ...]
+        """Where a captured graph reads its batch; None for executors that read a batch where it lies.
+
+        Rows written here and given to the runtime (``run(run.input[:n])``) are not copied. Another tensor takes its
+        place when a gate is switched on or off.
+        """
+        return getattr(self._executor, "input", None)
 
     def set_thresholds(self, thresholds: Sequence[float] | Tensor) -> None:
         """Move the operating point; holds from the next batch on. ``+inf`` switches a gate off.
@@ -121,7 +153,7 @@ class Runtime:
         """
         self._check(x)
         with torch.inference_mode(False):  # ordinary tensors, which the caller may change
-            out = Predictions.empty(len(x), self._classes() if self.scores else None, self.device)
+            out = Predictions.empty(len(x), self._setup.classes, self.device)
         for start in range(0, len(x), self.batch_size):
             stop = min(start + self.batch_size, len(x))
             chunk = x[start:stop]
@@ -138,21 +170,14 @@ class Runtime:
         known = self._thresholds == self.program.thresholds and self.executor != "dense"
         shares = [f", {share:.1%} left here on validation data" if known else "" for share in self.program.point.shares]
         layout = "channels_last" if self.channels_last else "as given"
-        lines = [
-            f"executor {self.executor} ({self.reason}) on {self.device}, batch size {self.batch_size}, layout {layout}"
-        ]
+        where = "cpu-sim" if self._setup.simulated else self.device
+        lines = [f"executor {self.executor} ({self.reason}) on {where}, batch size {self.batch_size}, layout {layout}"]
         for g, (cut, threshold) in enumerate(zip(self.program.staged.cuts, self._thresholds, strict=True)):
             state = "off" if threshold == math.inf else f"t = {threshold:.4g}"
             state = "not run by this executor" if self.executor == "dense" else state
             lines.append(f"gate {g} after {cut}: {state}{shares[g]}")
         lines.append(f"exit {len(self._thresholds)}, the network's own classifier{shares[-1]}")
-        return "\n".join(lines)
-
-    def _classes(self) -> int:
-        if len(self._model.gates):
-            return self._model.gates[0].classes
-        probe = torch.zeros((1, *self.program.input_shape), dtype=self.program.input_dtype, device=self.device)
-        return int(self._model.staged(probe).shape[1])
+        return "\n".join([*lines, *self._executor.describe()])
 
     def _check(self, x: Tensor) -> None:
         if not isinstance(x, Tensor):

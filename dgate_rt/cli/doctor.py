@@ -18,11 +18,7 @@ import torch
 from torch import nn
 
 _GRAPH_DRIVER = (12, 8)
-_PLANNED = {
-    "lag": "not in this version; it will need a CUDA GPU",
-    "graph": "not in this version; it will need a CUDA GPU with a driver for CUDA 12.8 or newer",
-    "refill": "not in this version",
-}
+_PLANNED = {"refill": "not in this version"}
 _PACKAGES = {
     "torchvision": ("torchvision", "vision", "backbones and folders of images"),
     "scikit-learn": ("sklearn", "vision", "the digits data set"),
@@ -155,7 +151,7 @@ def _gpu() -> list[Finding]:
         return [gpu, Finding(section, "driver", False, "none")]
     enough = driver >= _GRAPH_DRIVER
     note = "new enough" if enough else f"too old: {_dotted(_GRAPH_DRIVER)} is needed"
-    return [gpu, Finding(section, "driver", enough, f"CUDA {_dotted(driver)}; {note} for the planned graph executor")]
+    return [gpu, Finding(section, "driver", enough, f"CUDA {_dotted(driver)}; {note} for the graph executor")]
 
 
 def driver_cuda_version() -> tuple[int, int] | None:
@@ -182,10 +178,10 @@ def _dotted(version: tuple[int, int]) -> str:
 def _executors() -> list[Finding]:
     from dgate_rt.executors import EXECUTORS
 
-    section, devices = "Executors", ["cpu"]
+    section, devices = "Executors", ["cpu", "cpu-sim"]
     if torch.cuda.is_available():
         devices.append("cuda")
-    findings = [_try(section, name, device) for device in devices for name in EXECUTORS]
+    findings = [_try(section, e.name, device) for device in devices for e in EXECUTORS.values() if device in e.devices]
     return findings + [Finding(section, n, False, why) for n, why in _PLANNED.items() if n not in EXECUTORS]
 
 
@@ -217,7 +213,7 @@ def _answer(executor: str, device: str) -> None:
         threshold = float(ordered[7:9].mean())  # half of the samples leave
         run.set_thresholds([threshold])
         labels = torch.where(margin >= threshold, label, labels)
-    if not torch.equal(run(x.to(device)).labels.cpu(), labels):
+    if not torch.equal(run(x.to(run.device)).labels.cpu(), labels):
         raise RuntimeError("wrong answers")
 
 

@@ -1,10 +1,11 @@
 """The ladder of executors, from the plainest to the fastest; each answers every sample alike."""
 
-from dgate_rt.executors.base import Executor, GatedModel, Predictions, deploy, prefers_channels_last
+from dgate_rt.executors.base import Executor, GatedModel, Predictions, Setup, deploy, prefers_channels_last
 from dgate_rt.executors.dense import DenseExecutor
 from dgate_rt.executors.eager import EagerExecutor
+from dgate_rt.executors.graph import GraphExecutor
 
-EXECUTORS: dict[str, type[Executor]] = {e.name: e for e in (DenseExecutor, EagerExecutor)}
+EXECUTORS: dict[str, type[Executor]] = {e.name: e for e in (DenseExecutor, EagerExecutor, GraphExecutor)}
 
 __all__ = [
     "EXECUTORS",
@@ -12,7 +13,9 @@ __all__ = [
     "EagerExecutor",
     "Executor",
     "GatedModel",
+    "GraphExecutor",
     "Predictions",
+    "Setup",
     "deploy",
     "prefers_channels_last",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -56,8 +56,18 @@ class GatedModel:
     def set_thresholds(self, thresholds: tuple[float, ...]) -> None:
         """Move the operating point; the tensor executors read is written in place."""
         with torch.inference_mode():  # allowed whether or not the tensor was made in it
-            self.thresholds.copy_(torch.tensor(thresholds, dtype=torch.float32))
+            values = torch.tensor(thresholds, dtype=torch.float32)
+            if self.thresholds.is_cuda:  # from pinned memory the copy waits for nobody
+                values = values.pin_memory()
+            self.thresholds.copy_(values, non_blocking=True)
         self.active = tuple(t != float("inf") for t in thresholds)
+
+    def classes(self, sample_shape: Sequence[int], dtype: torch.dtype) -> int:
+        """Number of classes, K; a network without gates is run to find out."""
+        if self.gates:
+            return self.gates[0].classes
+        probe = torch.zeros((1, *sample_shape), dtype=dtype, device=self.thresholds.device)
+        return int(self.staged(probe).shape[1])
 
 
 def prefers_channels_last(staged: StagedModel, input_shape: Sequence[int], device: torch.device) -> bool:
@@ -71,12 +81,33 @@ def deploy(staged: StagedModel, device: torch.device, channels_last: bool) -> St
     return copied.to(memory_format=torch.channels_last) if channels_last else copied
 
 
+@dataclass(frozen=True)
+class Setup:
+    """What batches will be like: for executors that prepare themselves."""
+
+    batch_size: int
+    sample_shape: tuple[int, ...]
+    dtype: torch.dtype
+    channels_last: bool
+    classes: int | None  # where the distances to all classes are wanted
+    shares: tuple[float, ...]  # [G + 1]; of the samples that leave at each exit, on validation data
+    stage_costs: tuple[float, ...]  # [G + 1]; a sample
+    buckets: Sequence[int] | Literal["auto"] = "auto"
+    simulated: bool = False  # on the recording driver instead of CUDA's
+
+    def empty_input(self, device: torch.device) -> Tensor:
+        """A batch of zeros."""
+        x = torch.zeros((self.batch_size, *self.sample_shape), dtype=self.dtype, device=device)
+        return x.contiguous(memory_format=torch.channels_last) if self.channels_last else x
+
+
 class Executor(Protocol):
     """Runs one batch of at most ``batch_size`` rows."""
 
     name: str
+    devices: tuple[str, ...]  # where it runs: "cpu", "cuda", and "cpu-sim", the simulation of a CUDA driver
 
-    def __init__(self, model: GatedModel) -> None: ...
+    def __init__(self, model: GatedModel, setup: Setup) -> None: ...
 
     def run(
         self,
@@ -84,6 +115,24 @@ class Executor(Protocol):
         out: Predictions,  # of N rows; every row must be written
     ) -> None:
         """Answer every row of ``x`` into ``out``."""
+
+    def describe(self) -> list[str]:
+        """What it prepared, a line each."""
+
+
+def row_dense(t: Tensor) -> Tensor:
+    """``t`` itself where each row is one dense block of memory, in any order of dimensions; else a copy."""
+    return t if len(t) == 0 or _is_dense(t[0]) else t.contiguous()
+
+
+def _is_dense(row: Tensor) -> bool:
+    """Whether the values of ``row`` fill one block of memory without gaps or overlap, in any order of dimensions."""
+    expected = 1
+    for stride, size in sorted((s, n) for s, n in zip(row.stride(), row.shape, strict=True) if n > 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
 
 
 def _device_of(module: nn.Module) -> torch.device:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dgate_rt import ops
-from dgate_rt.executors.base import GatedModel, Predictions
+from dgate_rt.executors.base import GatedModel, Predictions, Setup, row_dense
 from dgate_rt.gate import leaves, margin_and_label
 from dgate_rt.staged import as_tuple
 
@@ -21,8 +21,9 @@ class EagerExecutor:
     """Gate after gate on the host: score, count, route the survivors, run the next stage on them."""
 
     name = "eager"
+    devices: tuple[str, ...] = ("cpu", "cuda")
 
-    def __init__(self, model: GatedModel) -> None:
+    def __init__(self, model: GatedModel, setup: Setup) -> None:
         self.model = model
         self._arenas = threading.local()  # each thread that calls the runtime packs into its own
 
@@ -45,7 +46,7 @@ class EagerExecutor:
             survivors = len(ids) - int(leaves(margin, model.thresholds[g]).sum())
             if survivors == len(ids):
                 continue
-            src = [_row_dense(t) for t in as_tuple(boundary)]
+            src = [row_dense(t) for t in as_tuple(boundary)]
             dest = self._arena(src, survivors)
             dest_ids, dest_count = ids.new_empty(survivors), torch.zeros((), dtype=torch.int32, device=ids.device)
             ops.route_(
@@ -61,6 +62,10 @@ class EagerExecutor:
         out.exits[ids] = len(model.gates)
         if out.distances is not None:
             out.distances.index_copy_(0, ids, logits)
+
+    def describe(self) -> list[str]:
+        """Nothing: it prepares nothing."""
+        return []
 
     def _arena(self, src: list[Tensor], count: int) -> list[Tensor]:
         """Unwritten memory for ``count`` rows laid out as those of each tensor of ``src``.
@@ -85,21 +90,6 @@ class EagerExecutor:
 
 def _same_memory(a: Tensor, b: Tensor) -> bool:
     return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
-
-
-def _row_dense(t: Tensor) -> Tensor:
-    """``t`` itself where each row is one dense block of memory, in any order of dimensions; else a copy."""
-    return t if len(t) == 0 or _is_dense(t[0]) else t.contiguous()
-
-
-def _is_dense(row: Tensor) -> bool:
-    """Whether the values of ``row`` fill one block of memory without gaps or overlap, in any order of dimensions."""
-    expected = 1
-    for stride, size in sorted((s, n) for s, n in zip(row.stride(), row.shape, strict=True) if n > 1):
-        if stride != expected:
-            return False
-        expected *= size
-    return True
 
 
 def _bytes_of(t: Tensor, count: int) -> int:

@@ -1,0 +1,258 @@
+"""What executors that launch captures share: segments of stages, static arenas before them, and what a capture does.
+
+All memory is static: an arena of survivors before each segment, the answers, the thresholds. A segment holds the stages
+from one gate that is on to the next: a gate that is off costs nothing. A segment is captured at a few sizes, its
+buckets, together with its gate; rows at and after the live count hold stale data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from dgate_rt import ops
+from dgate_rt.errors import ExecutorError
+from dgate_rt.executors.base import GatedModel, Predictions, Setup, row_dense
+from dgate_rt.gate import margin_and_label
+from dgate_rt.graphs import Capture, SimulatedCapture
+from dgate_rt.plan import StageBuckets, binomial_arrivals, choose_buckets
+from dgate_rt.staged import Boundary, as_tuple
+
+AUTO_BUCKETS = 6
+
+
+@dataclass(frozen=True)
+class Segment:
+    """The stages from behind one gate that is on to the next; the last segment ends with the network's classifier."""
+
+    stages: range
+    gate: int | None
+
+
+@dataclass(frozen=True)
+class Arena:
+    """What waits before a segment: rows of every tensor that crosses, their samples, and how many are live."""
+
+    rows: tuple[Tensor, ...]  # each [B, ...]
+    single: bool  # whether one tensor crosses, not a tuple of one
+    ids: Tensor  # [B] int64
+    count: Tensor  # [] int32
+    sizes: Tensor  # [M] int32, the buckets
+    bucket: Tensor  # [] int32, index of the one that runs
+
+    def first(self, size: int) -> Boundary:
+        """The boundary of the first ``size`` rows."""
+        rows = tuple(t[:size] for t in self.rows)
+        return rows[0] if self.single else rows
+
+
+class CapturedStages:
+    """Everything that one batch in flight needs, ready to be launched segment by segment.
+
+    Args:
+        model: the network, its gates and thresholds.
+        setup: batch size, buckets, and whether a driver is simulated.
+        capture: makes a capture of a function, and says of what in its errors.
+    """
+
+    def __init__(self, model: GatedModel, setup: Setup, capture: Captures) -> None:
+        self.model, self.setup = model, setup
+        self._device = model.thresholds.device
+        self._capture = capture
+        size = setup.batch_size
+        with torch.inference_mode(False):
+            self.input = setup.empty_input(self._device)
+            self._live = self._int32(0)
+            self.status = self._int32(0)
+            self._positions = torch.arange(size, device=self._device)
+            self.answers = Predictions.empty(size + 1, setup.classes, self._device)  # the last row: of what is not live
+        self.active = model.active
+        self.segments = segments(model.active)
+        self.buckets = [self._plan(segment) for segment in self.segments[1:]]
+        self.handles = torch.zeros(len(model.thresholds), dtype=torch.int64, device=self._device)
+        with torch.inference_mode():
+            self.arenas = [Arena((self.input,), True, self._positions, self._live, self._sizes(size), self._int32(0))]
+            for segment, buckets in zip(self.segments, self.buckets, strict=False):
+                boundary = self._run_stages(segment, self.arenas[-1].first(size))
+                self.arenas.append(self._arena(boundary, buckets))
+            captured: list[dict[int, Capture]] = []
+            for index, sizes in enumerate([(size,), *(buckets.sizes for buckets in self.buckets)]):
+                largest_first = {n: self._captured(index, n) for n in reversed(sizes)}  # so the pool grows once
+                captured.append(dict(reversed(largest_first.items())))
+        self.captures = captured
+        """For each segment the captures by their size, smallest first."""
+
+    def load(self, x: Tensor) -> None:
+        """Bring a batch in, unless it lies in `input` already."""
+        if x.data_ptr() != self.input.data_ptr():
+            self.input[: len(x)].copy_(x)
+        self._live.fill_(len(x))
+
+    def store(self, out: Predictions) -> None:
+        """Bring the answers out."""
+        answers = self.answers.rows(0, len(out))
+        out.labels.copy_(answers.labels)
+        out.scores.copy_(answers.scores)
+        out.exits.copy_(answers.exits)
+        if out.distances is not None and answers.distances is not None:
+            out.distances.copy_(answers.distances)
+
+    def describe(self) -> list[str]:
+        """The buckets of every segment behind the first, and what padding to them is expected to cost."""
+        lines = []
+        for segment, buckets in zip(self.segments[1:], self.buckets, strict=True):
+            stages = f"stage {segment.stages[0]}" + (f" to {segment.stages[-1]}" if len(segment.stages) > 1 else "")
+            sizes = ", ".join(map(str, buckets.sizes))
+            lines.append(f"{stages}: buckets {sizes}; padding is expected to add {buckets.waste:.1%}")
+        return lines
+
+    def run_segment(self, index: int, size: int) -> None:
+        """What one capture does: stages, then the gate or the end."""
+        segment, arena = self.segments[index], self.arenas[index]
+        boundary = self._run_stages(segment, arena.first(size))
+        if segment.gate is None:
+            self._finish(arena, as_tuple(boundary)[0].float(), size)
+        else:
+            self._decide(segment.gate, arena, self.arenas[index + 1], boundary, size)
+
+    def _run_stages(self, segment: Segment, boundary: Boundary) -> Boundary:
+        for stage in segment.stages:
+            boundary = self.model.staged.run_stage(stage, boundary)
+        return boundary
+
+    def _decide(self, g: int, arena: Arena, following: Arena, boundary: Boundary, size: int) -> None:
+        """Score, keep the answers of those that leave, pack the others, set the switch of what follows."""
+        gate, answers = self.model.gates[g], self.answers
+        features = self.model.staged.gate_features(g, boundary)
+        if answers.distances is None:
+            margin, label = gate.score(features, arena.count)
+        else:
+            margin, label, distances = gate.distances(features, arena.count)
+            answers.distances.index_copy_(0, self._places(arena, size), distances)  # a later exit overwrites its rows
+        ops.route_(
+            [row_dense(t) for t in as_tuple(boundary)], arena.ids[:size], margin, label, arena.count,
+            self.model.thresholds, g, following.rows, following.ids, following.count,
+            answers.labels, answers.scores, answers.exits,
+            buckets=following.sizes, bucket=following.bucket, handles=self.handles, status=self.status,
+        )  # fmt: skip
+
+    def _finish(self, arena: Arena, logits: Tensor, size: int) -> None:
+        """The answers of those that ran to the end."""
+        margin, label = margin_and_label(logits)
+        places = self._places(arena, size)
+        self.answers.scores.index_copy_(0, places, margin)
+        self.answers.labels.index_copy_(0, places, label)
+        self.answers.exits.index_fill_(0, places, len(self.model.gates))
+        if self.answers.distances is not None:
+            self.answers.distances.index_copy_(0, places, logits)
+
+    def _places(self, arena: Arena, size: int) -> Tensor:  # [size] int64
+        """Where the answer of each row goes: its sample, or behind all of them if it is not live."""
+        return torch.where(self._positions[:size] < arena.count, arena.ids[:size], self.setup.batch_size)
+
+    def _arena(self, boundary: Boundary, buckets: StageBuckets) -> Arena:
+        size = self.setup.batch_size
+        with torch.inference_mode(False):
+            rows = tuple(_empty_like_rows(row_dense(t)) for t in as_tuple(boundary))
+            ids = torch.zeros(size, dtype=torch.int64, device=self._device)
+            return Arena(
+                rows, isinstance(boundary, Tensor), ids, self._int32(0), self._sizes(*buckets.sizes), self._int32(0)
+            )
+
+    def _plan(self, segment: Segment) -> StageBuckets:
+        setup, size = self.setup, self.setup.batch_size
+        counts = torch.arange(size + 1, dtype=torch.float64).numpy()
+        arrivals = binomial_arrivals(size, min(1.0, max(0.0, 1 - sum(setup.shares[: segment.stages[0]]))))
+        cost = counts * sum(setup.stage_costs[stage] for stage in segment.stages)
+        if setup.buckets == "auto":
+            return choose_buckets(arrivals, cost, AUTO_BUCKETS)
+        chosen = tuple(sorted({size, *(n for n in setup.buckets if n < size)}))
+        padded = torch.tensor(chosen)[torch.searchsorted(torch.tensor(chosen), torch.arange(1, size + 1))].numpy()
+        return StageBuckets(chosen, float(arrivals[1:] @ cost[padded]), float(arrivals @ cost))
+
+    def _int32(self, value: int) -> Tensor:
+        with torch.inference_mode(False):
+            return torch.full((), value, dtype=torch.int32, device=self._device)
+
+    def _sizes(self, *sizes: int) -> Tensor:
+        return torch.tensor(sizes, dtype=torch.int32, device=self._device)
+
+    def _captured(self, index: int, size: int) -> Capture:
+        segment = self.segments[index]
+        what = f"stage {segment.stages[0]} to {segment.stages[-1]} at {size} samples"
+        return self._capture(lambda: self.run_segment(index, size), what)
+
+
+def segments(active: tuple[bool, ...]) -> list[Segment]:
+    """Stages between the gates that are on; ``active[g]`` says it of the gate after stage g."""
+    found, start = [], 0
+    for g, on in enumerate(active):
+        if on:
+            found.append(Segment(range(start, g + 1), g))
+            start = g + 1
+    return [*found, Segment(range(start, len(active) + 1), None)]
+
+
+def _empty_like_rows(t: Tensor) -> Tensor:
+    """Memory for as many rows, each laid out as those of ``t``, one behind the other."""
+    row = t[0].numel()
+    return torch.empty(len(t) * row, dtype=t.dtype, device=t.device).as_strided(t.shape, (row, *t.stride()[1:]))
+
+
+def current(device: torch.device) -> AbstractContextManager[object]:
+    """Makes a GPU the current one: captures, graphs and streams belong to that."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+class Captures(Protocol):
+    """Makes captures for one driver."""
+
+    driver: str
+
+    def __call__(self, function: Callable[[], None], what: str) -> Capture:
+        """Capture what ``function`` does; ``what`` is said in errors."""
+
+
+def captures_for(setup: Setup, device: torch.device) -> Captures:
+    """The captures of the driver that is wanted."""
+    return SimulatedCaptures() if setup.simulated else CudaCaptures(device)
+
+
+class SimulatedCaptures:
+    """Captures for the recording driver: the function itself, run when the graph gets there."""
+
+    driver = "recording"
+
+    def __call__(self, function: Callable[[], None], what: str) -> Capture:
+        return SimulatedCapture(function)
+
+
+class CudaCaptures:
+    """Captures in one memory pool, each warmed up so that libraries have made their choices. Not run so far."""
+
+    driver = "cuda"
+
+    def __init__(self, device: torch.device) -> None:
+        if torch.cuda.is_current_stream_capturing():
+            raise ExecutorError("graph: cannot be compiled inside another CUDA graph capture")
+        self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(device)
+
+    def __call__(self, function: Callable[[], None], what: str) -> Capture:
+        graph = torch.cuda.CUDAGraph(keep_graph=True)
+        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+        try:
+            with torch.cuda.stream(self._stream):
+                function()
+                function()
+            self._stream.synchronize()
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+                function()
+        except RuntimeError as error:
+            raise ExecutorError(f"graph: {what} cannot be captured: {error}") from error
+        return graph
