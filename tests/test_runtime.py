@@ -228,7 +228,7 @@ def test_compile_refuses_what_it_cannot_do(tiny_staged, tiny_gates, tiny_images)
     program = make_program(tiny_staged, tiny_gates, (0.5,) * 3, tiny_images)
     with pytest.raises(ValueError, match="batch_size: expected a whole number of at least 1, got 0"):
         dg.compile(program, batch_size=0)
-    with pytest.raises(ValueError, match="executor: expected one of 'auto', 'dense', 'eager', .*, got 'fast'"):
+    with pytest.raises(ValueError, match=r"executor: expected one of 'auto', 'dense', 'eager', .*, got 'fast'"):
         dg.compile(program, executor="fast")
     with pytest.raises(ValueError, match="batch_size: expected at most 65536 on cuda, got 65537"):
         dg.compile(program, batch_size=65_537, device="cuda")
