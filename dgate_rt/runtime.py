@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from dgate_rt.errors import ExecutorError
-from dgate_rt.executors import EXECUTORS, Executor, GatedModel, Predictions, Setup, deploy, prefers_channels_last
+from dgate_rt.executors import (
+    EXECUTORS,
+    Executor,
+    GatedModel,
+    Predictions,
+    Setup,
+    StreamingExecutor,
+    deploy,
+    prefers_channels_last,
+)
 from dgate_rt.program import GateProgram, check_thresholds
 
 MOST_ROWS_ON_CUDA = 65_536
@@ -36,13 +47,13 @@ def compile(
         program: from `calibrate` or `load`.
         batch_size: the most samples to run at once; larger calls are cut up, smaller ones run as they are.
         device: where to run. ``"cpu-sim"`` simulates a GPU's driver on the CPU, for tests and for the curious.
-        executor: ``"dense"``, ``"eager"``, ``"graph"``, or ``"auto"``, which picks one and says which and why
-            (`Runtime.describe`).
+        executor: ``"dense"``, ``"eager"``, ``"lag"``, ``"graph"``, or ``"auto"``, which picks one and says which and
+            why (`Runtime.describe`).
         scores: also return the ``[N, K]`` distances, or the logits of samples that ran to the end.
         channels_last: memory format of images and convolution weights. By default channels_last on the CPU if the
             network convolves images, where it is about twice as fast; otherwise the layout stays as it is.
-        buckets: for ``"graph"``, the batch sizes that stages behind a gate are prepared for, beside ``batch_size``; by
-            default the six that should cost least (`dgate_rt.plan`), a stage by itself.
+        buckets: for ``"lag"`` and ``"graph"``, the batch sizes that stages behind a gate are prepared for, beside
+            ``batch_size``; by default the six that should cost least (`dgate_rt.plan`), a stage by itself.
 
     Raises:
         TypeError: if ``program`` is no program.
@@ -152,15 +163,43 @@ class Runtime:
             ValueError: if its shape or device is another.
         """
         self._check(x)
-        with torch.inference_mode(False):  # ordinary tensors, which the caller may change
-            out = Predictions.empty(len(x), self._setup.classes, self.device)
-        for start in range(0, len(x), self.batch_size):
-            stop = min(start + self.batch_size, len(x))
-            chunk = x[start:stop]
-            if self.channels_last:
-                chunk = chunk.contiguous(memory_format=torch.channels_last)
-            self._executor.run(chunk, out.rows(start, stop))
+        out = self._empty(len(x))
+        if len(x) > 0:
+            for part, rows in self._cut(x, out):
+                self._executor.run(part, rows)
         return out
+
+    def stream(self, batches: Iterable[Tensor]) -> Iterator[Predictions]:  # each [N, ...], N >= 0
+        """Answer batch after batch, each as a call would, and yield the answers in order.
+
+        Batches are taken when they are needed. The executor ``"lag"`` works on two at once, so it has taken at most two
+        more than it has answered; new thresholds hold from the next one that it takes, or the next part of one that is
+        larger than ``batch_size``. The others take one at a time. This is a generator: to close it drops the batches
+        that are under way.
+
+        Raises:
+            TypeError, ValueError: as a call does, and whatever ``batches`` raises; after the answers to the batches
+                before.
+        """
+        if not isinstance(self._executor, StreamingExecutor):
+            for x in batches:
+                yield self(x)
+            return
+        complete: deque[Predictions | None] = deque()  # for each part under way the answers that it is the last of
+
+        def parts() -> Iterator[tuple[Tensor, Predictions]]:
+            for x in batches:
+                self._check(x)
+                out = self._empty(len(x))
+                complete.extend([None] * ((len(x) - 1) // self.batch_size))
+                complete.append(out)
+                yield from self._cut(x, out)
+
+        with closing(self._executor.stream(parts())) as answered:
+            for _ in answered:
+                out = complete.popleft()
+                if out is not None:
+                    yield out
 
     def describe(self) -> str:
         """What runs where: executor and why, batch size, layout, and every gate's place and threshold.
@@ -178,6 +217,20 @@ class Runtime:
             lines.append(f"gate {g} after {cut}: {state}{shares[g]}")
         lines.append(f"exit {len(self._thresholds)}, the network's own classifier{shares[-1]}")
         return "\n".join([*lines, *self._executor.describe()])
+
+    def _empty(self, count: int) -> Predictions:
+        with torch.inference_mode(False):  # ordinary tensors, which the caller may change
+            return Predictions.empty(count, self._setup.classes, self.device)
+
+    def _cut(self, x: Tensor, out: Predictions) -> Iterator[tuple[Tensor, Predictions]]:
+        """Parts of at most ``batch_size`` rows, at least one, in the layout to run in, with their rows of ``out``."""
+        for start in range(0, max(1, len(x)), self.batch_size):
+            stop = min(start + self.batch_size, len(x))
+            with torch.inference_mode():
+                part = x[start:stop]
+                if self.channels_last:
+                    part = part.contiguous(memory_format=torch.channels_last)
+            yield part, out.rows(start, stop)
 
     def _check(self, x: Tensor) -> None:
         if not isinstance(x, Tensor):

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from captured_checks import check, program_of_several_tensors, random_program, simulate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import NETWORKS
@@ -18,7 +19,7 @@ from torch._subclasses import FakeTensorMode
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
 import dgate_rt as dg
-from dgate_rt import StagedModel, ops, reference
+from dgate_rt import StagedModel, ops
 from dgate_rt.executors.captured import Segment, segments
 from dgate_rt.graphs import driver_counts, reset_simulation
 
@@ -26,24 +27,6 @@ pytestmark = pytest.mark.skipif(not ops.extension_loaded(), reason="the C++ exte
 
 INF = math.inf
 ARENA = ("ids", "count", "sizes", "bucket")
-
-
-def simulate(program, **options):
-    return dg.compile(program, **{"batch_size": 64, "device": "cpu-sim", "channels_last": False, **options})
-
-
-def check(run, program, x, dtype=torch.float32):
-    """Every answer is that of dense execution with post-hoc gating, but for margins within float error."""
-    out = run(x)
-    with torch.inference_mode():
-        labels, scores, exits = reference.predict(program.staged, program.gates, run.thresholds, x)
-        band = in_band(all_margins(program.staged, program.gates, x), run.thresholds, dtype)
-    same = out.exits == exits
-    assert (same | band).all()
-    assert band.sum() <= 1 + 0.1 * len(x)
-    assert torch.equal(out.labels[same], labels[same])
-    torch.testing.assert_close(out.scores[same], scores[same], rtol=1e-4, atol=1e-4)
-    return out
 
 
 @pytest.mark.parametrize("share", [0.0, 0.4, 1.0], ids=["none", "mixed", "all"])
@@ -94,30 +77,12 @@ def test_it_agrees_on_real_networks(name):
     buckets=st.just("auto") | st.lists(st.integers(1, 50), max_size=4),
 )
 def test_it_agrees_on_random_programs(seed, widths, batch, share, off, buckets):
-    torch.manual_seed(seed)
-    layers = [nn.Sequential(nn.Linear(a, b), nn.Tanh()) for a, b in zip([6, *widths], widths, strict=False)]
-    staged = StagedModel([*layers, nn.Linear(widths[-1], 4)]).eval()
-    x = torch.randn(batch, 6)
-    gates = random_gates(staged, x, classes=4)
-    thresholds = thresholds_for(all_margins(staged, gates, x), share)
-    thresholds = [INF if g in off else t for g, t in enumerate(thresholds)]
-    program = make_program(staged, gates, thresholds, x)
+    program, x = random_program(seed, widths, batch, share, off)
     check(simulate(program, batch_size=batch, buckets=buckets), program, x)
 
 
 def test_several_tensors_cross_a_cut():
-    class Two(nn.Module):
-        def forward(self, x):
-            return x * 2, x.unsqueeze(1).expand(-1, 3, -1), (x[:, :1] > 0)
-
-    class Join(nn.Module):
-        def forward(self, a, b, c):
-            return a + b.sum(1) + c
-
-    torch.manual_seed(0)
-    staged, x = StagedModel([Two(), Join()]).eval(), torch.randn(30, 4)
-    gates = random_gates(staged, x, classes=4)
-    program = make_program(staged, gates, thresholds_for(all_margins(staged, gates, x), 0.5), x)
+    program, x = program_of_several_tensors()
     out = check(simulate(program), program, x)
     assert set(out.exits.tolist()) == {0, 1}
 

@@ -1,11 +1,20 @@
 """The ladder of executors, from the plainest to the fastest; each answers every sample alike."""
 
-from dgate_rt.executors.base import Executor, GatedModel, Predictions, Setup, deploy, prefers_channels_last
+from dgate_rt.executors.base import (
+    Executor,
+    GatedModel,
+    Predictions,
+    Setup,
+    StreamingExecutor,
+    deploy,
+    prefers_channels_last,
+)
 from dgate_rt.executors.dense import DenseExecutor
 from dgate_rt.executors.eager import EagerExecutor
 from dgate_rt.executors.graph import GraphExecutor
+from dgate_rt.executors.lag import LagExecutor
 
-EXECUTORS: dict[str, type[Executor]] = {e.name: e for e in (DenseExecutor, EagerExecutor, GraphExecutor)}
+EXECUTORS: dict[str, type[Executor]] = {e.name: e for e in (DenseExecutor, EagerExecutor, LagExecutor, GraphExecutor)}
 
 __all__ = [
     "EXECUTORS",
@@ -14,8 +23,10 @@ __all__ = [
     "Executor",
     "GatedModel",
     "GraphExecutor",
+    "LagExecutor",
     "Predictions",
     "Setup",
+    "StreamingExecutor",
     "deploy",
     "prefers_channels_last",
 ]

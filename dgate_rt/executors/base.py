@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -118,6 +118,17 @@ class Executor(Protocol):
 
     def describe(self) -> list[str]:
         """What it prepared, a line each."""
+
+
+@runtime_checkable
+class StreamingExecutor(Executor, Protocol):
+    """An executor that gains from seeing the next batch before it has answered the last."""
+
+    def stream(
+        self,
+        batches: Iterable[tuple[Tensor, Predictions]],  # each as for run, or empty
+    ) -> Generator[Predictions, None, None]:
+        """Answer every batch and yield where its answers went, in order; to be closed if it is not run to its end."""
 
 
 def row_dense(t: Tensor) -> Tensor:

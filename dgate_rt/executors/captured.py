@@ -239,9 +239,12 @@ class CudaCaptures:
 
     def __init__(self, device: torch.device) -> None:
         if torch.cuda.is_current_stream_capturing():
-            raise ExecutorError("graph: cannot be compiled inside another CUDA graph capture")
+            raise ExecutorError("executor: cannot be compiled inside another CUDA graph capture")
         self._pool = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream(device)
+        # Libraries keep a workspace a stream, and a capture that of its own: captures that are to run side by side are
+        # made on the streams that they will run on. The default stream cannot be captured.
+        current = torch.cuda.current_stream(device)
+        self._stream = torch.cuda.Stream(device) if current == torch.cuda.default_stream(device) else current
 
     def __call__(self, function: Callable[[], None], what: str) -> Capture:
         graph = torch.cuda.CUDAGraph(keep_graph=True)
@@ -254,5 +257,5 @@ class CudaCaptures:
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
                 function()
         except RuntimeError as error:
-            raise ExecutorError(f"graph: {what} cannot be captured: {error}") from error
+            raise ExecutorError(f"executor: {what} cannot be captured: {error}") from error
         return graph
