@@ -5,6 +5,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 CPP := $(shell find csrc -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \) 2>/dev/null)
+CPP_TESTS := $(wildcard tests/simt/*.cpp tests/simt/*.h)
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
@@ -23,10 +24,11 @@ demo: install ## train, gate, calibrate and run on real images; writes demo/repo
 test: install ## the tests
 	$(BIN)/pytest
 
-gpu: install ## on a machine with a GPU: the tests that need one, the sanitizers, and the times of the gates
+gpu: install ## on a machine with a GPU: the tests that need one, the sanitizers, the times of gates and executors
 	DGATE_RT_BUILD_CUDA=1 $(BIN)/python setup.py -q build_ext --inplace
 	$(BIN)/pytest -m gpu
 	$(BIN)/python -m dgate_rt.bench.gates
+	$(BIN)/python -m dgate_rt.bench.gpu_acceptance --no-tests
 
 bench: install ## the benchmarks
 	$(BIN)/pytest bench
@@ -35,12 +37,12 @@ lint: install ## ruff, mypy and clang-format, changing nothing
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(if $(CPP),$(BIN)/clang-format --dry-run -Werror $(CPP))
+	$(if $(CPP),$(BIN)/clang-format --dry-run -Werror $(CPP) $(CPP_TESTS))
 
 format: install ## let ruff and clang-format rewrite the sources
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
-	$(if $(CPP),$(BIN)/clang-format -i $(CPP))
+	$(if $(CPP),$(BIN)/clang-format -i $(CPP) $(CPP_TESTS))
 
 extension: .venv/.installed ## build the C++ again where sources or DGATE_RT_BUILD_CUDA changed
 	$(BIN)/python setup.py -q build_ext --inplace

@@ -82,9 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description="Count what a batch asks of the driver, on the recording driver, and compute what padding costs.",
     )
     parser.parse_args(arguments)
-    print(
-        "| executor | graph launches | captures run | switches looked at | driver calls | waits | allocations |"
-    )
+    print("| executor | graph launches | captures run | switches looked at | driver calls | waits | allocations |")
     print("|---|---|---|---|---|---|---|")
     print(*count_rows(), sep="\n")
     print(f"\nExpected cost of a batch of {BATCH_SIZE}, padded to M buckets a stage, over that of exact sub-batches:\n")
