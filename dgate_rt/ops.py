@@ -271,19 +271,25 @@ def _route_by_reference(*args: Any, **kwargs: Any) -> None:
     reference.route_(**given)
 
 
-def _score_on_cuda(keep_distances: bool, features: Tensor, *args: Any, **kwargs: Any) -> Any:
-    off = features.data_ptr() % features.element_size()
-    if off:
-        aligned = features.element_size()
-        raise ValueError(f"features: expected memory aligned to {aligned} bytes, got an address {off} behind one")
-    with torch.cuda.device(features.device):  # Triton launches on the current one
-        return _score_by_triton(keep_distances, features, *args, **kwargs)
-
-
-def _score_by_triton(keep_distances: bool, *args: Any, **kwargs: Any) -> Any:
-    """Checked once more, because a direct call through ``torch.ops`` comes straight here."""
+def _checked_score(args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a score, checked once more: a direct call through ``torch.ops`` comes straight to a kernel."""
     given = _bound("gate_distances", args, kwargs)
     check_gate(**given)
+    return given
+
+
+def _score_on_cuda(keep_distances: bool, *args: Any, **kwargs: Any) -> Any:
+    given = _checked_score(args, kwargs)
+    features = given["features"]
+    aligned = features.element_size()
+    off = features.data_ptr() % aligned
+    if off:
+        raise ValueError(f"features: expected memory aligned to {aligned} bytes, got an address {off} behind one")
+    with torch.cuda.device(features.device):  # Triton launches on the current one
+        return _score_by_triton(keep_distances, given)
+
+
+def _score_by_triton(keep_distances: bool, given: dict[str, Any]) -> Any:
     with _lock:
         operator = _triton_score()
     with torch.no_grad():  # autograd lets a score through to here, and would ask the inner operator for a gradient
@@ -304,7 +310,7 @@ def _traced_score(keep_distances: bool, mode: Any, op: Any, types: Any, args: An
     if args[0].device.type != "cuda":
         return mode.__torch_dispatch__(op, types, args, kwargs)
     with mode:
-        return _score_by_triton(keep_distances, *args, **(kwargs or {}))
+        return _score_by_triton(keep_distances, _checked_score(args, kwargs or {}))
 
 
 def _score_fake(features: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:

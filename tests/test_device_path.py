@@ -71,7 +71,8 @@ from threading import Barrier
 together = Barrier(8)
 def first_score(_):
     together.wait()
-    return ops._score_by_triton(False, torch.empty(0, 4), torch.empty(3, 4), torch.empty(3), "avg")
+    given = ops._checked_score((torch.empty(0, 4), torch.empty(3, 4), torch.empty(3), "avg"), {})
+    return ops._score_by_triton(False, given)
 
 with ThreadPoolExecutor(8) as pool:
     print(len(list(pool.map(first_score, range(8)))))
@@ -104,7 +105,8 @@ def test_threads_may_score_for_the_first_time_at_once() -> None:
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton's interpreter")
 def test_a_score_by_triton_has_no_gradient() -> None:
     weight = torch.ones(2, 4, requires_grad=True)
-    margin, _ = ops._score_by_triton(False, torch.ones(3, 4), weight, torch.zeros(2), "avg")
+    given = ops._checked_score((torch.ones(3, 4), weight, torch.zeros(2), "avg"), {})
+    margin, _ = ops._score_by_triton(False, given)
     assert torch.equal(margin, torch.full((3,), 4.0))
     assert not margin.requires_grad
 
