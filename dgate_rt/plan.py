@@ -80,6 +80,18 @@ def choose_buckets(
     return StageBuckets(tuple(reversed(sizes)), float(reached[used + 1][batch_size]), float(arrivals[1:] @ cost[1:]))
 
 
+def pad_to(
+    arrivals: Floats,  # [B + 1] float64
+    cost: Floats,  # [B + 1] float64
+    sizes: Sequence[int],
+) -> StageBuckets:
+    """What given sizes are expected to cost; those above the batch size are left out, and that itself is added."""
+    batch_size = len(cost) - 1
+    chosen = sorted({batch_size, *(size for size in sizes if size < batch_size)})
+    padded = np.array(chosen)[np.searchsorted(chosen, np.arange(1, batch_size + 1))]
+    return StageBuckets(tuple(chosen), float(arrivals[1:] @ cost[padded]), float(arrivals[1:] @ cost[1:]))
+
+
 def binomial_arrivals(batch_size: int, share: float) -> Floats:  # [B + 1]
     """How many of a batch arrive where each sample does with probability ``share``, by itself.
 
@@ -94,24 +106,3 @@ def binomial_arrivals(batch_size: int, share: float) -> Floats:  # [B + 1]
     factorials = np.array([math.lgamma(n + 1) for n in counts])
     log_choose = factorials[-1] - factorials - factorials[::-1]
     return np.exp(log_choose + counts * math.log(share) + counts[::-1] * math.log1p(-share))
-
-
-def interpolate_cost(
-    sizes: Sequence[int],  # measured, ascending
-    costs: Sequence[float],  # of a batch of each size
-    batch_size: int,
-) -> Floats:  # [B + 1]
-    """The cost of every size up to the batch size: straight lines between what was measured, and through the ends.
-
-    Raises:
-        ValueError: if there are not as many costs as sizes, none, or sizes do not ascend from 1 on.
-    """
-    if len(sizes) != len(costs) or not sizes or list(sizes) != sorted(set(sizes)) or sizes[0] < 1:
-        raise ValueError(
-            f"sizes: expected ascending sizes from 1 on, one a cost, got {list(sizes)} for {len(costs)} costs"
-        )
-    wanted = np.arange(batch_size + 1, dtype=np.float64)
-    found = np.interp(wanted, sizes, costs)
-    beyond = wanted > sizes[-1]
-    found[beyond] = costs[-1] * wanted[beyond] / sizes[-1]
-    return found

@@ -174,7 +174,7 @@ def test_two_runtimes_do_not_share_anything(tiny_staged, tiny_gates, tiny_images
 
 def test_describe_tells_buckets_and_their_waste(tiny_staged, tiny_gates, tiny_images):
     run = simulate(make_program(tiny_staged, tiny_gates, (0.1,) * 3, tiny_images), buckets=[8, 32])
-    assert "executor graph (what is simulated) on cpu-sim" in run.describe() or "(asked for)" in run.describe()
+    assert "executor graph (what is simulated) on cpu-sim" in run.describe()
     assert "stage 1: buckets 8, 32, 64; padding is expected to add " in run.describe()
     assert run._executor.graph.describe()
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dgate_rt.bench.workload import PAPER_MIXES
-from dgate_rt.plan import binomial_arrivals, choose_buckets, interpolate_cost
+from dgate_rt.plan import binomial_arrivals, choose_buckets, pad_to
 
 
 def cheapest(arrivals: np.ndarray, cost: np.ndarray, buckets: int) -> float:
@@ -57,6 +57,13 @@ def test_with_a_bucket_for_every_size_nothing_is_wasted() -> None:
     assert chosen.waste == pytest.approx(0, abs=1e-12)
 
 
+def test_given_sizes_cost_what_padding_to_them_costs() -> None:
+    arrivals, cost = binomial_arrivals(8, 0.5), np.arange(9.0)
+    chosen = choose_buckets(arrivals, cost, 3)
+    assert pad_to(arrivals, cost, [*chosen.sizes, 99]) == chosen
+    assert pad_to(arrivals, cost, []).sizes == (8,)
+
+
 def test_a_stage_that_nobody_reaches_costs_nothing() -> None:
     chosen = choose_buckets(binomial_arrivals(8, 0.0), np.arange(9.0), 3)
     assert chosen.expected == chosen.waste == 0
@@ -75,10 +82,6 @@ def test_binomial_arrivals(batch_size: int, share: float) -> None:
     assert len(arrivals) == batch_size + 1
     assert arrivals.sum() == pytest.approx(1)
     assert arrivals @ np.arange(batch_size + 1) == pytest.approx(batch_size * share)
-
-
-def test_costs_are_straight_lines_between_what_was_measured_and_grow_in_proportion_beyond() -> None:
-    assert interpolate_cost([2, 4], [1.0, 3.0], 6).tolist() == [1.0, 1.0, 1.0, 2.0, 3.0, 3.75, 4.5]
 
 
 @pytest.mark.parametrize("mix", PAPER_MIXES, ids=lambda mix: "/".join(map(str, mix)))
@@ -102,10 +105,8 @@ def test_six_buckets_waste_at_most_eight_per_cent_at_the_papers_mixes(mix: tuple
         (lambda: choose_buckets(np.ones(1), np.ones(1), 2), "cost: expected one for each"),
         (lambda: choose_buckets(np.ones(3), np.ones(3), 0), "buckets: expected at least 1, got 0"),
         (lambda: binomial_arrivals(4, 1.5), r"share: expected 0 to 1, got 1\.5"),
-        (lambda: interpolate_cost([4, 2], [1.0, 2.0], 8), r"sizes: expected ascending sizes from 1 on"),
-        (lambda: interpolate_cost([], [], 8), r"sizes: expected ascending sizes"),
     ],
-    ids=["lengths", "no size", "no bucket", "share", "order", "none"],
+    ids=["lengths", "no size", "no bucket", "share"],
 )
 def test_what_cannot_be_planned_is_refused(call: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -10,6 +10,7 @@ import pytest
 
 from dgate_rt.bench import roofline
 from dgate_rt.bench.roofline import GateShape
+from dgate_rt.runtime import MOST_ROWS_ON_CUDA
 
 CUDA = Path(__file__).resolve().parent.parent / "csrc" / "cuda"
 
@@ -52,6 +53,7 @@ def test_constants_are_those_of_the_route_kernel() -> None:
     constants = {name: int(value) for name, value in re.findall(r"constexpr int k(\w+) = (\d+);", header)}
     assert constants["RouteThreads"] == roofline.ROUTE_THREADS
     assert constants["Piece"] == roofline.PIECE
+    assert constants["MaxRows"] == MOST_ROWS_ON_CUDA
     per_sm = re.search(r"(\d+) / kRouteThreads \* multiprocessors", launch)
     assert per_sm is not None
     assert int(per_sm[1]) // roofline.ROUTE_THREADS == roofline.ROUTE_BLOCKS_PER_SM

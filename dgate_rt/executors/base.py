@@ -19,9 +19,7 @@ class Predictions:
     """Answers for one call, in input order, on the runtime's device."""
 
     labels: Tensor  # [N] int64
-    scores: (
-        Tensor  # [N] float32; the margin (by its criterion) of the gate that answered, or the network's largest logit
-    )
+    scores: Tensor  # [N] float32; what the gate that answered goes by, or the network's largest logit
     exits: Tensor  # [N] int64; index of the gate that answered, or G for the network's own classifier
     distances: Tensor | None = None  # [N, K] float32 with scores=True: all distances (or logits) behind the score
 

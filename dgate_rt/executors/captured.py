@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,7 +21,7 @@ from dgate_rt.errors import ExecutorError
 from dgate_rt.executors.base import GatedModel, Predictions, Setup, row_dense
 from dgate_rt.gate import margin_and_label
 from dgate_rt.graphs import Capture, SimulatedCapture
-from dgate_rt.plan import StageBuckets, binomial_arrivals, choose_buckets
+from dgate_rt.plan import StageBuckets, binomial_arrivals, choose_buckets, pad_to
 from dgate_rt.staged import Boundary, as_tuple
 
 AUTO_BUCKETS = 6
@@ -166,14 +167,11 @@ class CapturedStages:
 
     def _plan(self, segment: Segment) -> StageBuckets:
         setup, size = self.setup, self.setup.batch_size
-        counts = torch.arange(size + 1, dtype=torch.float64).numpy()
         arrivals = binomial_arrivals(size, min(1.0, max(0.0, 1 - sum(setup.shares[: segment.stages[0]]))))
-        cost = counts * sum(setup.stage_costs[stage] for stage in segment.stages)
+        cost = np.arange(size + 1.0) * sum(setup.stage_costs[stage] for stage in segment.stages)
         if setup.buckets == "auto":
             return choose_buckets(arrivals, cost, AUTO_BUCKETS)
-        chosen = tuple(sorted({size, *(n for n in setup.buckets if n < size)}))
-        padded = torch.tensor(chosen)[torch.searchsorted(torch.tensor(chosen), torch.arange(1, size + 1))].numpy()
-        return StageBuckets(chosen, float(arrivals[1:] @ cost[padded]), float(arrivals @ cost))
+        return pad_to(arrivals, cost, setup.buckets)
 
     def _int32(self, value: int) -> Tensor:
         with torch.inference_mode(False):
