@@ -15,11 +15,13 @@ from torch import Tensor
 from dgate_rt.errors import ExecutorError
 from dgate_rt.executors import (
     EXECUTORS,
+    EarlyExecutor,
     Executor,
     GatedModel,
     Predictions,
     Setup,
     StreamingExecutor,
+    Ticket,
     deploy,
     prefers_channels_last,
 )
@@ -38,6 +40,7 @@ def compile(
     scores: bool = False,
     channels_last: bool | None = None,
     buckets: Sequence[int] | Literal["auto"] = "auto",
+    early_answers: bool = False,
 ) -> Runtime:
     """Make a program ready to run.
 
@@ -54,6 +57,8 @@ def compile(
             network convolves images, where it is about twice as fast; otherwise the layout stays as it is.
         buckets: for ``"lag"`` and ``"graph"``, the batch sizes that stages behind a gate are prepared for, beside
             ``batch_size``; by default the six that should cost least (`dgate_rt.plan`), a stage by itself.
+        early_answers: prepare for `Runtime.submit`, which shows answers as soon as the gate that gave them has run; for
+            ``"eager"`` on the CPU, and ``"graph"``.
 
     Raises:
         TypeError: if ``program`` is no program.
@@ -84,6 +89,10 @@ def compile(
     kind = "cpu-sim" if simulated else device.type
     if kind not in EXECUTORS[executor].devices:
         raise ExecutorError(f"executor: {executor} runs on {' and '.join(EXECUTORS[executor].devices)}, not on {kind}")
+    if early_answers and kind not in getattr(EXECUTORS[executor], "early_devices", ()):
+        raise ExecutorError(
+            f"early_answers: expected the executor eager on cpu, or graph on cuda or cpu-sim, got {executor} on {kind}"
+        )
     if channels_last is None:
         channels_last = prefers_channels_last(program.staged, program.input_shape, device)
     staged = deploy(program.staged, device, channels_last)
@@ -100,6 +109,7 @@ def compile(
         stage_costs=program.costs.stages,
         buckets=buckets,
         simulated=simulated,
+        early_answers=early_answers,
     )
     return Runtime(program, model, EXECUTORS[executor](model, setup), reason, setup)
 
@@ -169,6 +179,28 @@ class Runtime:
                 self._executor.run(part, rows)
         return out
 
+    def submit(
+        self,
+        x: Tensor,  # [N, ...], 0 <= N <= batch_size
+    ) -> Ticket:
+        """Start a batch and return at once; the answers of samples that leave early can be had before it is done.
+
+        Answers come to the host. ``"graph"`` copies them to pinned memory behind every gate, and has memory for one
+        batch: another call waits until a batch that was submitted is done. ``"eager"`` runs batches one after another
+        on a thread of its own; ``x`` must stay as it is until the batch is done.
+
+        Raises:
+            ExecutorError: unless compiled with ``early_answers=True``.
+            TypeError, ValueError: as a call does, and if ``x`` has more than ``batch_size`` samples.
+        """
+        if not isinstance(self._executor, EarlyExecutor) or not self._setup.early_answers:
+            raise ExecutorError("submit: compile the program with early_answers=True")
+        self._check(x)
+        if len(x) > self.batch_size:
+            raise ValueError(f"x: expected at most batch_size={self.batch_size} samples to submit, got {len(x)}")
+        with torch.inference_mode():
+            return self._executor.submit(self._laid_out(x))
+
     def stream(self, batches: Iterable[Tensor]) -> Iterator[Predictions]:  # each [N, ...], N >= 0
         """Answer batch after batch, each as a call would, and yield the answers in order.
 
@@ -227,10 +259,11 @@ class Runtime:
         for start in range(0, max(1, len(x)), self.batch_size):
             stop = min(start + self.batch_size, len(x))
             with torch.inference_mode():
-                part = x[start:stop]
-                if self.channels_last:
-                    part = part.contiguous(memory_format=torch.channels_last)
+                part = self._laid_out(x[start:stop])
             yield part, out.rows(start, stop)
+
+    def _laid_out(self, x: Tensor) -> Tensor:
+        return x.contiguous(memory_format=torch.channels_last) if self.channels_last else x
 
     def _check(self, x: Tensor) -> None:
         if not isinstance(x, Tensor):

@@ -51,6 +51,15 @@ def thresholds_for(margins: Tensor, share: float) -> tuple[float, ...]:
     return tuple(margins.quantile(1 - share, dim=1).tolist())
 
 
+def thresholds_between(margins: Tensor, share: float) -> tuple[float, ...]:
+    """`thresholds_for`, each halfway between two samples, so that few lie in the band."""
+    k = round(share * margins.shape[1])
+    if k in (0, margins.shape[1]):
+        return thresholds_for(margins, float(k > 0))
+    ordered = margins.sort(1, descending=True).values
+    return tuple(((ordered[:, k - 1] + ordered[:, k]) / 2).tolist())
+
+
 def in_band(
     margins: Tensor,  # [G, N]
     thresholds: Sequence[float],

@@ -15,8 +15,10 @@ from typing import Any
 
 import pytest
 import torch
+from programs import all_margins, make_program, random_gates, thresholds_between
 from torch import Tensor
 
+import dgate_rt as dg
 from dgate_rt import ops, reference
 
 pytestmark = pytest.mark.gpu
@@ -195,3 +197,28 @@ def test_times_beside_their_floor(capsys: pytest.CaptureFixture[str]) -> None:
 
     with capsys.disabled():  # a table to read, not an assertion: time proves nothing on a shared machine
         gates.main(["--quick"])
+
+
+def test_early_answers_reach_the_host_while_the_last_stage_runs() -> None:
+    torch.manual_seed(0)
+    late = torch.nn.Sequential(Sleeps(), torch.nn.Linear(8, 4))
+    staged, x = dg.StagedModel([torch.nn.Linear(8, 8), late]).eval(), torch.randn(64, 8)
+    gates = random_gates(staged, x, classes=4)
+    program = make_program(staged, gates, thresholds_between(all_margins(staged, gates, x), 0.5), x)
+    run = dg.compile(program, batch_size=64, device="cuda", executor="graph", early_answers=True)
+    expected = run(x.cuda()).exits.cpu()
+    ticket = run.submit(x.cuda())
+    seen = []
+    while not ticket.done():
+        seen.append(int(ticket.ready().sum()))
+    assert int(expected.eq(0).sum()) in seen
+    assert torch.equal(ticket.result().exits, expected)
+
+
+class Sleeps(torch.nn.Module):
+    """Keeps the device busy for about half a second."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.is_cuda:
+            torch.cuda._sleep(1_000_000_000)
+        return x

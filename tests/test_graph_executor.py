@@ -12,8 +12,7 @@ import torch
 from captured_checks import check, program_of_several_tensors, random_program, simulate
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from networks import NETWORKS
-from programs import all_margins, in_band, make_program, random_gates, thresholds_for
+from programs import all_margins, make_program, thresholds_for
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch._subclasses.fake_tensor import DataDependentOutputException
@@ -45,29 +44,7 @@ def test_it_agrees_with_dense_and_post_hoc_gating(tiny_staged, tiny_gates, count
     assert share != 0.0 or out.exits.eq(3).all()
 
 
-@pytest.mark.parametrize("name", ["resnet18", "densenet121", "vit_b_16", "resnet18 inside a residual branch"])
-def test_it_agrees_on_real_networks(name):
-    network = NETWORKS[name]
-    model, x = network.make(), network.images(24)
-    staged = dg.split(model, network.cuts, example=x[:2])
-    gates = random_gates(staged, x, classes=10)
-    margins = all_margins(staged, gates, x)
-    run = simulate(make_program(staged, gates, (0.0,) * len(gates), x), batch_size=16, buckets=[4, 8])
-    eager = dg.compile(make_program(staged, gates, (0.0,) * len(gates), x), batch_size=16, channels_last=False)
-    for share in (0.3, 0.7):
-        ordered = margins.sort(1, descending=True).values
-        k = round(share * 24)
-        thresholds = ((ordered[:, k - 1] + ordered[:, k]) / 2).tolist()
-        for runtime in (run, eager):
-            runtime.set_thresholds(thresholds)
-        got, expected = run(x), eager(x)
-        same, band = got.exits == expected.exits, in_band(margins, thresholds)
-        assert (same | band).all()
-        assert band.sum() <= 2
-        assert torch.equal(got.labels[same], expected.labels[same])
-
-
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=300)
 @given(
     seed=st.integers(0, 2**31),
     widths=st.lists(st.integers(1, 9), min_size=1, max_size=5),
@@ -78,7 +55,7 @@ def test_it_agrees_on_real_networks(name):
 )
 def test_it_agrees_on_random_programs(seed, widths, batch, share, off, buckets):
     program, x = random_program(seed, widths, batch, share, off)
-    check(simulate(program, batch_size=batch, buckets=buckets), program, x)
+    check(simulate(program, batch_size=batch, buckets=buckets), program, x, most=1)
 
 
 def test_several_tensors_cross_a_cut():

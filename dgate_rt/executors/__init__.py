@@ -11,6 +11,7 @@ from dgate_rt.executors.base import (
 )
 from dgate_rt.executors.dense import DenseExecutor
 from dgate_rt.executors.eager import EagerExecutor
+from dgate_rt.executors.early import EarlyExecutor, Ticket
 from dgate_rt.executors.graph import GraphExecutor
 from dgate_rt.executors.lag import LagExecutor
 
@@ -20,6 +21,7 @@ __all__ = [
     "EXECUTORS",
     "DenseExecutor",
     "EagerExecutor",
+    "EarlyExecutor",
     "Executor",
     "GatedModel",
     "GraphExecutor",
@@ -27,6 +29,7 @@ __all__ = [
     "Predictions",
     "Setup",
     "StreamingExecutor",
+    "Ticket",
     "deploy",
     "prefers_channels_last",
 ]

@@ -24,19 +24,28 @@ class Predictions:
     distances: Tensor | None = None  # [N, K] float32 with scores=True: all distances (or logits) behind the score
 
     @classmethod
-    def empty(cls, count: int, classes: int | None, device: torch.device) -> Predictions:
+    def empty(cls, count: int, classes: int | None, device: torch.device, pinned: bool = False) -> Predictions:
         """Unwritten predictions for ``count`` samples; ``classes`` asks for the distances too."""
+
+        def make(*shape: int, dtype: torch.dtype) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device=device, pin_memory=pinned)
+
         return cls(
-            torch.empty(count, dtype=torch.int64, device=device),
-            torch.empty(count, dtype=torch.float32, device=device),
-            torch.empty(count, dtype=torch.int64, device=device),
-            None if classes is None else torch.empty(count, classes, dtype=torch.float32, device=device),
+            make(count, dtype=torch.int64),
+            make(count, dtype=torch.float32),
+            make(count, dtype=torch.int64),
+            None if classes is None else make(count, classes, dtype=torch.float32),
         )
 
     def rows(self, start: int, stop: int) -> Predictions:
         """A view of some rows; what is written to it is written here."""
         distances = None if self.distances is None else self.distances[start:stop]
         return Predictions(self.labels[start:stop], self.scores[start:stop], self.exits[start:stop], distances)
+
+    def clone(self) -> Predictions:
+        """A copy in memory of its own."""
+        distances = None if self.distances is None else self.distances.clone()
+        return Predictions(self.labels.clone(), self.scores.clone(), self.exits.clone(), distances)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -59,6 +68,13 @@ class GatedModel:
                 values = values.pin_memory()
             self.thresholds.copy_(values, non_blocking=True)
         self.active = tuple(t != float("inf") for t in thresholds)
+
+    def snapshot(self) -> GatedModel:
+        """The same model with the thresholds of now, which later ones do not reach."""
+        copied = copy.copy(self)
+        with torch.inference_mode(False):
+            copied.thresholds = self.thresholds.clone()
+        return copied
 
     def classes(self, sample_shape: Sequence[int], dtype: torch.dtype) -> int:
         """Number of classes, K; a network without gates is run to find out."""
@@ -92,6 +108,7 @@ class Setup:
     stage_costs: tuple[float, ...]  # [G + 1]; a sample
     buckets: Sequence[int] | Literal["auto"] = "auto"
     simulated: bool = False  # on the recording driver instead of CUDA's
+    early_answers: bool = False  # whether batches are submitted, see `early.Ticket`
 
     def empty_input(self, device: torch.device) -> Tensor:
         """A batch of zeros."""

@@ -7,10 +7,7 @@ buckets, together with its gate; rows at and after the live count hold stale dat
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -19,8 +16,11 @@ from torch import Tensor
 from dgate_rt import ops
 from dgate_rt.errors import ExecutorError
 from dgate_rt.executors.base import GatedModel, Predictions, Setup, row_dense
+from dgate_rt.executors.capturable import refuse_uncapturable
+from dgate_rt.executors.captures import Captures
+from dgate_rt.executors.early import UNANSWERED, publish, unanswered
 from dgate_rt.gate import margin_and_label
-from dgate_rt.graphs import Capture, SimulatedCapture
+from dgate_rt.graphs import Capture
 from dgate_rt.plan import StageBuckets, binomial_arrivals, choose_buckets, pad_to
 from dgate_rt.staged import Boundary, as_tuple
 
@@ -72,21 +72,22 @@ class CapturedStages:
             self.status = self._int32(0)
             self._positions = torch.arange(size, device=self._device)
             self.answers = Predictions.empty(size + 1, setup.classes, self._device)  # the last row: of what is not live
+        self.host = unanswered(size + 1, setup.classes, self._device.type == "cuda") if setup.early_answers else None
         self.active = model.active
         self.segments = segments(model.active)
         self.buckets = [self._plan(segment) for segment in self.segments[1:]]
         self.handles = torch.zeros(len(model.thresholds), dtype=torch.int64, device=self._device)
-        with torch.inference_mode():
-            self.arenas = [Arena((self.input,), True, self._positions, self._live, self._sizes(size), self._int32(0))]
-            for segment, buckets in zip(self.segments, self.buckets, strict=False):
-                boundary = self._run_stages(segment, self.arenas[-1].first(size))
-                self.arenas.append(self._arena(boundary, buckets))
-            captured: list[dict[int, Capture]] = []
-            for index, sizes in enumerate([(size,), *(buckets.sizes for buckets in self.buckets)]):
-                largest_first = {n: self._captured(index, n) for n in reversed(sizes)}  # so the pool grows once
-                captured.append(dict(reversed(largest_first.items())))
-        self.captures = captured
+        self.arenas: list[Arena] = []
+        self.captures: list[dict[int, Capture]] = []
         """For each segment the captures by their size, smallest first."""
+        self.taken: dict[str, int] = {}
+        """Bytes that captures took, where a device has memory of its own."""
+        try:
+            with torch.inference_mode():
+                self._make_arenas()
+                self._make_captures()
+        except torch.OutOfMemoryError as error:
+            raise ExecutorError(f"executor: {error}\n{self._needed()}") from error
 
     def load(self, x: Tensor) -> None:
         """Bring a batch in, unless it lies in `input` already."""
@@ -104,22 +105,68 @@ class CapturedStages:
             out.distances.copy_(answers.distances)
 
     def describe(self) -> list[str]:
-        """The buckets of every segment behind the first, and what padding to them is expected to cost."""
+        """The buckets of every segment behind the first, what padding to them is expected to cost, and the memory."""
         lines = []
         for segment, buckets in zip(self.segments[1:], self.buckets, strict=True):
             stages = f"stage {segment.stages[0]}" + (f" to {segment.stages[-1]}" if len(segment.stages) > 1 else "")
             sizes = ", ".join(map(str, buckets.sizes))
             lines.append(f"{stages}: buckets {sizes}; padding is expected to add {buckets.waste:.1%}")
-        return lines
+        captures = f", captures {_mebibytes(sum(self.taken.values()))}" if self._device.type == "cuda" else ""
+        return [*lines, f"memory: arenas {_mebibytes(self._arena_bytes())}{captures}"]
 
     def run_segment(self, index: int, size: int) -> None:
         """What one capture does: stages, then the gate or the end."""
         segment, arena = self.segments[index], self.arenas[index]
+        if index == 0 and self.host is not None:
+            self.answers.exits.fill_(UNANSWERED)
         boundary = self._run_stages(segment, arena.first(size))
         if segment.gate is None:
             self._finish(arena, as_tuple(boundary)[0].float(), size)
         else:
             self._decide(segment.gate, arena, self.arenas[index + 1], boundary, size)
+        if self.host is not None:
+            publish(self.answers, self.host)
+
+    def _make_arenas(self) -> None:
+        """Run every stage once, at the full batch: it says what crosses, and shows what cannot be captured."""
+        size = self.setup.batch_size
+        self.arenas.append(Arena((self.input,), True, self._positions, self._live, self._sizes(size), self._int32(0)))
+        for segment, buckets in zip(self.segments, [*self.buckets, None], strict=True):
+            boundary = self.arenas[-1].first(size)
+            for stage in segment.stages:
+                boundary = self._try_stage(stage, boundary)
+            if buckets is not None:
+                self.arenas.append(self._arena(boundary, buckets))
+
+    def _try_stage(self, stage: int, boundary: Boundary) -> Boundary:
+        try:
+            with refuse_uncapturable(self.model.staged.stages[stage], f"stage {stage}"):
+                return self.model.staged.run_stage(stage, boundary)
+        except (ExecutorError, torch.OutOfMemoryError):
+            raise
+        except RuntimeError as error:
+            size = self.setup.batch_size
+            raise ExecutorError(f"executor: stage {stage} does not run on {size} samples: {error}") from error
+
+    def _make_captures(self) -> None:
+        for index, sizes in enumerate([(self.setup.batch_size,), *(buckets.sizes for buckets in self.buckets)]):
+            largest_first: dict[int, Capture] = {}  # so the pool grows once
+            for size in reversed(sizes):
+                before = self._capture.reserved()
+                largest_first[size] = self._captured(index, size)
+                self.taken[self._what(index, size)] = self._capture.reserved() - before
+            self.captures.append(dict(reversed(largest_first.items())))
+
+    def _needed(self) -> str:
+        """What was taken before memory ran out, and what would need less."""
+        captures = "; ".join(f"{what} {_mebibytes(n)}" for what, n in self.taken.items())
+        return (
+            f"Taken before, and freed now: arenas {_mebibytes(self._arena_bytes())}; captures: {captures or 'none'}. "
+            f"A smaller batch_size than {self.setup.batch_size}, or fewer buckets, would need less"
+        )
+
+    def _arena_bytes(self) -> int:
+        return sum(t.nbytes for arena in self.arenas for t in arena.rows)
 
     def _run_stages(self, segment: Segment, boundary: Boundary) -> Boundary:
         for stage in segment.stages:
@@ -181,9 +228,11 @@ class CapturedStages:
         return torch.tensor(sizes, dtype=torch.int32, device=self._device)
 
     def _captured(self, index: int, size: int) -> Capture:
-        segment = self.segments[index]
-        what = f"stage {segment.stages[0]} to {segment.stages[-1]} at {size} samples"
-        return self._capture(lambda: self.run_segment(index, size), what)
+        return self._capture(lambda: self.run_segment(index, size), self._what(index, size))
+
+    def _what(self, index: int, size: int) -> str:
+        stages = self.segments[index].stages
+        return f"stage {stages[0]} to {stages[-1]} at {size} samples"
 
 
 def segments(active: tuple[bool, ...]) -> list[Segment]:
@@ -202,58 +251,5 @@ def _empty_like_rows(t: Tensor) -> Tensor:
     return torch.empty(len(t) * row, dtype=t.dtype, device=t.device).as_strided(t.shape, (row, *t.stride()[1:]))
 
 
-def current(device: torch.device) -> AbstractContextManager[object]:
-    """Makes a GPU the current one: captures, graphs and streams belong to that."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
-class Captures(Protocol):
-    """Makes captures for one driver."""
-
-    driver: str
-
-    def __call__(self, function: Callable[[], None], what: str) -> Capture:
-        """Capture what ``function`` does; ``what`` is said in errors."""
-
-
-def captures_for(setup: Setup, device: torch.device) -> Captures:
-    """The captures of the driver that is wanted."""
-    return SimulatedCaptures() if setup.simulated else CudaCaptures(device)
-
-
-class SimulatedCaptures:
-    """Captures for the recording driver: the function itself, run when the graph gets there."""
-
-    driver = "recording"
-
-    def __call__(self, function: Callable[[], None], what: str) -> Capture:
-        return SimulatedCapture(function)
-
-
-class CudaCaptures:
-    """Captures in one memory pool, each warmed up so that libraries have made their choices. Not run so far."""
-
-    driver = "cuda"
-
-    def __init__(self, device: torch.device) -> None:
-        if torch.cuda.is_current_stream_capturing():
-            raise ExecutorError("executor: cannot be compiled inside another CUDA graph capture")
-        self._pool = torch.cuda.graph_pool_handle()
-        # Libraries keep a workspace a stream, and a capture that of its own: captures that are to run side by side are
-        # made on the streams that they will run on. The default stream cannot be captured.
-        current = torch.cuda.current_stream(device)
-        self._stream = torch.cuda.Stream(device) if current == torch.cuda.default_stream(device) else current
-
-    def __call__(self, function: Callable[[], None], what: str) -> Capture:
-        graph = torch.cuda.CUDAGraph(keep_graph=True)
-        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
-        try:
-            with torch.cuda.stream(self._stream):
-                function()
-                function()
-            self._stream.synchronize()
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
-                function()
-        except RuntimeError as error:
-            raise ExecutorError(f"executor: {what} cannot be captured: {error}") from error
-        return graph
+def _mebibytes(count: int) -> str:
+    return f"{count / 2**20:.1f} MiB"

@@ -2,17 +2,23 @@
 
 Runs everywhere. Features are read once by the fused score, and nothing is copied at a gate where nobody leaves.
 Survivors are packed into memory that is kept from batch to batch: fresh pages cost more than the copy.
+
+A batch that is submitted runs on a thread of the executor's own, which shows the answers after every gate.
 """
 
 from __future__ import annotations
 
+import functools
 import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 from torch import Tensor
 
 from dgate_rt import ops
 from dgate_rt.executors.base import GatedModel, Predictions, Setup, row_dense
+from dgate_rt.executors.early import Ticket, publish, unanswered
 from dgate_rt.gate import leaves, margin_and_label
 from dgate_rt.staged import as_tuple
 
@@ -22,13 +28,29 @@ class EagerExecutor:
 
     name = "eager"
     devices: tuple[str, ...] = ("cpu", "cuda")
+    early_devices = ("cpu",)
 
     def __init__(self, model: GatedModel, setup: Setup) -> None:
-        self.model = model
+        self.model, self.setup = model, setup
         self._arenas = threading.local()  # each thread that calls the runtime packs into its own
+        self._worker = ThreadPoolExecutor(1, "dgate_rt submit") if setup.early_answers else None  # starts at need
 
     def run(self, x: Tensor, out: Predictions) -> None:
-        model = self.model
+        self._run(self.model, x, out, lambda: None)
+
+    def submit(self, x: Tensor) -> Ticket:
+        """Run a batch behind those that were submitted before."""
+        assert self._worker is not None
+        host, out = (unanswered(len(x), self.setup.classes, pinned=False) for _ in range(2))
+        show = functools.partial(publish, out, host)
+        future = self._worker.submit(self._run, self.model.snapshot(), x, out, show)
+        return Ticket(host, Submitted(future))
+
+    @torch.inference_mode()
+    def _run(self, model: GatedModel, x: Tensor, out: Predictions, answered: Callable[[], None]) -> None:
+        """Answer a batch; ``answered`` is called whenever ``out`` has new answers."""
+        if len(x) == 0:
+            return
         ids = torch.arange(len(x), device=x.device)
         boundary: Tensor | tuple[Tensor, ...] = x
         del x  # the batch may be freed once the first stage has read it
@@ -53,6 +75,7 @@ class EagerExecutor:
                 src, ids, margin, label, None, model.thresholds, g,
                 dest, dest_ids, dest_count, out.labels, out.scores, out.exits,
             )  # fmt: skip
+            answered()
             if survivors == 0:
                 return
             boundary, ids = (dest[0] if isinstance(boundary, Tensor) else tuple(dest)), dest_ids
@@ -62,6 +85,7 @@ class EagerExecutor:
         out.exits[ids] = len(model.gates)
         if out.distances is not None:
             out.distances.index_copy_(0, ids, logits)
+        answered()
 
     def describe(self) -> list[str]:
         """Nothing: it prepares nothing."""
@@ -86,6 +110,19 @@ class EagerExecutor:
             values = part[: count * row * t.element_size()].view(t.dtype)
             rows.append(values.as_strided((count, *t.shape[1:]), (row, *t.stride()[1:])))
         return rows
+
+
+class Submitted:
+    """A batch on the executor's thread."""
+
+    def __init__(self, future: Future[None]) -> None:
+        self._future = future
+
+    def done(self) -> bool:
+        return self._future.done()
+
+    def wait(self) -> None:
+        self._future.result()
 
 
 def _same_memory(a: Tensor, b: Tensor) -> bool:

@@ -4,16 +4,21 @@ The captures of all segments are assembled into a chain of switches (`dgate_rt.g
 sets the switch of the next segment. Thresholds are device data, so moving them is a copy; switching a gate on or off
 captures again.
 
+With early answers every segment also copies the answers so far to pinned memory on the host.
+
 On CUDA this has not run yet; ``device="cpu-sim"`` runs it, control flow included, on the recording driver.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from dgate_rt.errors import ExecutorError
 from dgate_rt.executors.base import GatedModel, Predictions, Setup
-from dgate_rt.executors.captured import CapturedStages, captures_for, current
+from dgate_rt.executors.captured import CapturedStages
+from dgate_rt.executors.captures import captures_for, current, freed_on_failure
+from dgate_rt.executors.early import UNANSWERED, Ticket
 from dgate_rt.graphs import AssembledGraph
 
 
@@ -22,18 +27,37 @@ class GraphExecutor:
 
     name = "graph"
     devices: tuple[str, ...] = ("cuda", "cpu-sim")
+    early_devices = ("cuda", "cpu-sim")
 
     def __init__(self, model: GatedModel, setup: Setup) -> None:
         self.model, self.setup = model, setup
+        self._submitted: Ticket | None = None  # whose answers are being written
         self._build()
 
     def run(self, x: Tensor, out: Predictions) -> None:
+        self._launch(x)
+        with current(x.device):
+            self.stages.store(out)
+
+    def submit(self, x: Tensor) -> Ticket:
+        """Launch a batch; one that was submitted before is waited for, since its answers lie in the same memory."""
+        self._launch(x)
+        assert self.stages.host is not None
+        launched = Launched(x.device)
+        self._submitted = Ticket(self.stages.host.rows(0, len(x)), launched)
+        return self._submitted
+
+    def _launch(self, x: Tensor) -> None:
+        if self._submitted is not None:
+            self._submitted.result()
+            self._submitted = None
         if self.model.active != self.stages.active:
             self._build()
+        if self.stages.host is not None:
+            self.stages.host.exits.fill_(UNANSWERED)
         with current(x.device):
             self.stages.load(x)
             self.graph.launch()
-            self.stages.store(out)
 
     @property
     def input(self) -> Tensor:
@@ -41,11 +65,12 @@ class GraphExecutor:
         return self.stages.input
 
     def describe(self) -> list[str]:
-        """The buckets of every segment behind the first, and what padding to them is expected to cost."""
+        """As `CapturedStages.describe`."""
         return self.stages.describe()
 
     def _build(self) -> None:
-        with current(self.model.thresholds.device):
+        device = self.model.thresholds.device
+        with current(device), freed_on_failure(device):
             self._capture_and_assemble()
 
     def _capture_and_assemble(self) -> None:
@@ -59,3 +84,18 @@ class GraphExecutor:
         gates = [segment.gate for segment in stages.segments if segment.gate is not None]
         for gate, switch in zip(gates, self.graph.switches, strict=True):
             stages.handles[gate] = switch
+
+
+class Launched:
+    """All that the current stream of a device has been given so far; on the CPU that has run."""
+
+    def __init__(self, device: torch.device) -> None:
+        with current(device):
+            self._event = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
+
+    def done(self) -> bool:
+        return self._event is None or self._event.query()
+
+    def wait(self) -> None:
+        if self._event is not None:
+            self._event.synchronize()

@@ -12,7 +12,6 @@ nothing.
 
 from __future__ import annotations
 
-import copy
 import itertools
 from bisect import bisect_left
 from collections import deque
@@ -25,7 +24,8 @@ from torch import Tensor
 
 from dgate_rt.errors import ExecutorError
 from dgate_rt.executors.base import GatedModel, Predictions, Setup
-from dgate_rt.executors.captured import CapturedStages, captures_for
+from dgate_rt.executors.captured import CapturedStages
+from dgate_rt.executors.captures import captures_for, freed_on_failure
 from dgate_rt.graphs import AssembledGraph, Capture
 
 IN_FLIGHT = 2
@@ -40,7 +40,8 @@ class LagExecutor:
 
     def __init__(self, model: GatedModel, setup: Setup) -> None:
         self.model, self.setup = model, setup
-        self._free = [Lane(model, setup) for _ in range(IN_FLIGHT)]
+        with freed_on_failure(model.thresholds.device):
+            self._free = [Lane(model, setup) for _ in range(IN_FLIGHT)]
 
     def run(self, x: Tensor, out: Predictions) -> None:
         """Answer one batch. With nothing else under way the host waits for each of its counts; `stream` avoids that."""
@@ -108,7 +109,10 @@ class LagExecutor:
     def _take(self) -> Lane:
         """A lane that is free and has the gates that are on now; it is captured here if there is none."""
         self._free = [lane for lane in self._free if lane.active == self.model.active]
-        return self._free.pop() if self._free else Lane(self.model, self.setup)
+        if self._free:
+            return self._free.pop()
+        with freed_on_failure(self.model.thresholds.device):
+            return Lane(self.model, self.setup)
 
     def _release(self, lane: Lane) -> Predictions:
         out = lane.hand_back()
@@ -128,9 +132,7 @@ class Lane:
     """
 
     def __init__(self, model: GatedModel, setup: Setup) -> None:
-        self._model, self._own = model, copy.copy(model)
-        with torch.inference_mode(False):
-            self._own.thresholds = model.thresholds.clone()
+        self._model, self._own = model, model.snapshot()
         self.active = model.active
         self.done, self.launched = True, 0
         self._out = Predictions.empty(0, None, model.thresholds.device)
