@@ -81,20 +81,23 @@ class SimulatedCapture:
 class AssembledGraph:
     """Captured stages as one graph, instantiated and uploaded: one launch runs a batch.
 
-    The last thing that a stage does is to set the switch of the next, which then runs the bucket of that index; a
-    switch that is not set, or set to their number, runs none. A context manager; it never waits for the device.
+    The network is captured in segments, each one stage or several. The last thing that one does is to set the switch of
+    the next, which then runs the bucket of that index; a switch that is not set, or set to their number, runs none. A
+    context manager; it never waits for the device.
 
     Args:
-        first: stage 0 at the full batch.
-        later: for each stage behind it the captures by their size, smallest first.
+        first: the first segment at the full batch.
+        later: for each segment behind it the captures by their size, smallest first.
         driver: ``"cuda"`` or ``"recording"``.
         stream: where it is uploaded, as a number; torch's current stream where None.
+        names: what errors and `describe` call the segments, the first one's first; if None, each is taken for a stage.
 
     Attributes:
-        switches: of stage 1, 2, ...; what ``route_`` is given as ``handles``.
+        switches: of the segments behind the first; what ``route_`` is given as ``handles``.
 
     Raises:
-        ValueError: if a capture holds what a switch's body may not; it is named.
+        ValueError: if a capture holds what a switch's body may not; it is named. If there are not as many names as
+            segments.
         ExecutorError: if there is no such driver here.
         RuntimeError: if the driver refuses a call, with the call's name and the driver's reason.
     """
@@ -105,21 +108,21 @@ class AssembledGraph:
         later: Sequence[Mapping[int, Capture]] = (),
         driver: str = "cuda",
         stream: int | None = None,
+        names: Sequence[str] | None = None,
     ) -> None:
         self._graph = 0
         self._recording = driver == "recording"
         table = graph_driver(driver)
-        names, captures = ["stage 0"], [first]
-        for stage, buckets in enumerate(later, 1):
-            sizes = list(buckets)
-            if sizes != sorted(sizes):
-                raise ValueError(f"later: expected the buckets of stage {stage} smallest first, got {sizes}")
-            names += [f"stage {stage}, bucket {size}" for size in sizes]
-            captures += buckets.values()
+        names = [f"stage {k}" for k in range(1 + len(later))] if names is None else list(names)
+        for name, buckets in zip(names[1:], later, strict=False):  # their number is checked with the rest
+            if list(buckets) != sorted(buckets):
+                raise ValueError(f"later: expected the buckets of {name} smallest first, got {list(buckets)}")
+        captures = [first, *(capture for buckets in later for capture in buckets.values())]
         self._captures = captures  # kept, because the graph runs in their memory
         graphs = [capture.raw_cuda_graph() for capture in captures]
+        sizes = [size for buckets in later for size in buckets]
         counts = [len(buckets) for buckets in later]
-        made = _call("graph_assemble", table, self._stream(stream), graphs, counts, names)
+        made = _call("graph_assemble", table, self._stream(stream), graphs, names, counts, sizes)
         self._graph, self.switches = made[0], tuple(made[1:])
 
     def launch(self, stream: int | None = None) -> None:

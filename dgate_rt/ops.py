@@ -45,7 +45,7 @@ _library.define("cuda_info() -> int[]")
 for _schema in (  # graphs: `dgate_rt.graphs` says what they mean
     "recording_graph_driver() -> int",
     "cuda_graph_driver() -> int",
-    "graph_assemble(int driver, int stream, int[] captures, int[] buckets, str[] names) -> int[]",
+    "graph_assemble(int driver, int stream, int[] captures, str[] names, int[] buckets, int[] sizes) -> int[]",
     "graph_launch(int graph, int stream) -> ()",
     "graph_destroy(int graph) -> ()",
     "graph_describe(int graph, str format) -> str",

@@ -7,7 +7,7 @@ import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
-from typing import Literal
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from dgate_rt.executors import (
     EarlyExecutor,
     Executor,
     GatedModel,
+    GraphExecutor,
     Predictions,
     Setup,
     StreamingExecutor,
@@ -233,11 +234,36 @@ class Runtime:
                 if out is not None:
                     yield out
 
-    def describe(self) -> str:
+    @overload
+    def describe(self, format: Literal["text", "dot"] = "text") -> str: ...
+    @overload
+    def describe(self, format: Literal["json"]) -> dict[str, Any]: ...
+
+    def describe(self, format: str = "text") -> Any:
         """What runs where: executor and why, batch size, layout, and every gate's place and threshold.
 
         The shares of samples are those of the program's own operating point, and are left out at any other.
+
+        Args:
+            format: ``"text"`` for the above. For the executor ``"graph"`` also the graph that it launches, as the
+                driver has it: ``"json"`` for a dict of its nodes, edges and the bodies of each switch by bucket,
+                ``"dot"`` for the text of Graphviz.
+
+        Raises:
+            ValueError: if it is none of these.
+            ExecutorError: if a graph is asked for of an executor that assembles none.
         """
+        if format not in ("text", "json", "dot"):
+            raise ValueError(f"format: expected 'text', 'json' or 'dot', got {format!r}")
+        if format == "text":
+            return self._describe()
+        if not isinstance(self._executor, GraphExecutor):
+            raise ExecutorError(
+                f"format: {format!r} asks for a graph; only the executor 'graph' assembles one, not {self.executor!r}"
+            )
+        return self._executor.assembled(format)
+
+    def _describe(self) -> str:
         known = self._thresholds == self.program.thresholds and self.executor != "dense"
         shares = [f", {share:.1%} left here on validation data" if known else "" for share in self.program.point.shares]
         layout = "channels_last" if self.channels_last else "as given"

@@ -177,7 +177,7 @@ def test_only_margins_within_float_error_may_flip(case: Case) -> None:
     [
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "skipped", "out of memory"),
         (
-            ExecutorError("graph: stage 1 at 4 samples cannot be captured: CUDA out of memory"),
+            ExecutorError("graph: stage 1, bucket 4 cannot be captured: CUDA out of memory"),
             "skipped",
             "out of memory",
         ),

@@ -236,7 +236,7 @@ def test_a_stage_stands_for_device_code_and_launches_nothing() -> None:
 def test_a_stage_that_fails_fails_the_launch() -> None:
     callback = ctypes.CFUNCTYPE(ctypes.c_int)(lambda: 3)
     capture = torch.ops.dgate_rt.sim_capture(ctypes.cast(callback, ctypes.c_void_p).value, "kernel")
-    graph, *_ = torch.ops.dgate_rt.graph_assemble(graph_driver("recording"), 0, [capture], [], ["stage 0"])
+    graph, *_ = torch.ops.dgate_rt.graph_assemble(graph_driver("recording"), 0, [capture], ["stage 0"], [], [])
     with refused(
         rf"launch: cuGraphLaunch failed: the stage of captured graph {capture} failed with 3 \(CUDA error 719"
     ):
@@ -278,7 +278,7 @@ def test_a_capture_that_was_released_is_not_assembled() -> None:
     with pytest.raises(REFUSAL[True], match=f"capture: expected one that was simulated and not released, got {number}"):
         torch.ops.dgate_rt.sim_release(number)
     with refused(f"stage 0: cuGraphGetNodes failed: no graph {number}: never made, or destroyed"):
-        torch.ops.dgate_rt.graph_assemble(graph_driver("recording"), 0, [number], [], ["stage 0"])
+        torch.ops.dgate_rt.graph_assemble(graph_driver("recording"), 0, [number], ["stage 0"], [], [])
 
 
 def test_a_graph_does_not_outlive_what_was_captured() -> None:

@@ -20,7 +20,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 import dgate_rt as dg
 from dgate_rt import StagedModel, ops
 from dgate_rt.executors.captured import Segment, segments
-from dgate_rt.graphs import driver_counts, reset_simulation
+from dgate_rt.executors.captures import SimulatedCaptures
+from dgate_rt.graphs import SimulatedCapture, driver_counts, reset_simulation
 
 pytestmark = pytest.mark.skipif(not ops.extension_loaded(), reason="the C++ extension is not built")
 
@@ -153,7 +154,49 @@ def test_describe_tells_buckets_and_their_waste(tiny_staged, tiny_gates, tiny_im
     run = simulate(make_program(tiny_staged, tiny_gates, (0.1,) * 3, tiny_images), buckets=[8, 32])
     assert "executor graph (what is simulated) on cpu-sim" in run.describe()
     assert "stage 1: buckets 8, 32, 64; padding is expected to add " in run.describe()
-    assert run._executor.graph.describe()
+
+
+def test_describe_gives_the_graph_of_the_gates_that_are_on(tiny_staged, tiny_gates, tiny_images):
+    run = simulate(make_program(tiny_staged, tiny_gates, (0.1,) * 3, tiny_images), buckets=[8])
+    for thresholds, names in (
+        ((0.1,) * 3, ["stage 0", "stage 1", "stage 2", "stage 3"]),
+        ((INF, 0.1, INF), ["stages 0 to 1", "stages 2 to 3"]),
+        ((INF,) * 3, ["stages 0 to 3"]),
+        ((0.1, INF, 0.1), ["stage 0", "stages 1 to 2", "stage 3"]),
+    ):
+        run.set_thresholds(thresholds)
+        told = run.describe("json")
+        assert [node["name"] for node in told["nodes"]] == names
+        bodies = [[body["bucket"] for body in node["bodies"]] for node in told["nodes"][1:]]
+        assert bodies == [[8, 64]] * (len(names) - 1)
+        assert all(f"{name}: buckets 8, 64; " in run.describe() for name in names[1:])
+    assert 'label="stages 1 to 2, bucket 64' in run.describe("dot")
+    with pytest.raises(ValueError, match="format: expected 'text', 'json' or 'dot', got 'svg'"):
+        run.describe("svg")
+
+
+@pytest.mark.parametrize("executor", ["dense", "eager", "lag"])
+@pytest.mark.parametrize("format", ["json", "dot"])
+def test_other_executors_assemble_no_graph(tiny_staged, tiny_gates, tiny_images, executor, format):
+    program = make_program(tiny_staged, tiny_gates, (0.1,) * 3, tiny_images)
+    run = dg.compile(program, executor=executor, device="cpu-sim" if executor == "lag" else "cpu")
+    message = f"'{format}' asks for a graph; only the executor 'graph' assembles one, not '{executor}'"
+    with pytest.raises(dg.ExecutorError, match=message):
+        run.describe(format)
+
+
+def test_a_capture_is_called_alike_wherever_it_is_named(tiny_staged, tiny_gates, tiny_images, monkeypatch):
+    asked = []
+
+    def capture(self, function, what):
+        asked.append(what)
+        return SimulatedCapture(function)
+
+    monkeypatch.setattr(SimulatedCaptures, "__call__", capture)
+    run = simulate(make_program(tiny_staged, tiny_gates, (0.1, INF, 0.1), tiny_images), buckets=[8])
+    first, *later = run.describe("json")["nodes"]
+    assert set(asked) == {first["name"], *(body["name"] for node in later for body in node["bodies"])}
+    assert "stages 1 to 2, bucket 8" in asked
 
 
 def test_what_it_cannot_do_is_refused(tiny_staged, tiny_gates, tiny_images):

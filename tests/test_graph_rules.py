@@ -26,6 +26,9 @@ pytestmark = [
 ]
 
 
+NAMES = ["stages 0 to 1", "stage 2", "stages 3 to 5"]
+
+
 def assemble(nodes: str, later: str | None = None) -> AssembledGraph:
     first = SimulatedCapture(int, nodes if later is None else "kernel")
     buckets = (
@@ -33,7 +36,7 @@ def assemble(nodes: str, later: str | None = None) -> AssembledGraph:
         if later is None
         else [{8: SimulatedCapture(int)}, {8: SimulatedCapture(int), 64: SimulatedCapture(int, later)}]
     )
-    return AssembledGraph(first, buckets, driver="recording")
+    return AssembledGraph(first, buckets, driver="recording", names=NAMES[: 1 + len(buckets)])
 
 
 # What a captured graph may hold: the assembler says which capture and which node.
@@ -42,10 +45,10 @@ def assemble(nodes: str, later: str | None = None) -> AssembledGraph:
 @pytest.mark.parametrize("kind", FORBIDDEN)
 def test_a_capture_that_holds_what_a_body_may_not_is_named(kind: str, simulation: DriverCounts) -> None:
     article = "an" if kind[0] == "e" else "a"
-    expected = f"captures: stage 2, bucket 64: node 3 is {article} {kind}; expected only kernels, memory copies, "
+    expected = f"captures: stages 3 to 5, bucket 64: node 3 is {article} {kind}; expected only kernels, memory copies, "
     with refused(expected, ValueError):
         assemble("", f"kernel, kernel, memory set, {kind}, kernel")
-    with refused(f"captures: stage 0: node 0 is {article} {kind}; ", ValueError):
+    with refused(f"captures: stages 0 to 1: node 0 is {article} {kind}; ", ValueError):
         assemble(kind)
     assert driver_counts().live == simulation.live
 
@@ -57,22 +60,26 @@ def test_a_capture_may_hold_all_that_a_body_may() -> None:
 
 
 def test_a_child_graph_of_a_capture_is_looked_into() -> None:
-    with refused(r"stage 2, bucket 64: node 1\.2\.0 is a host call;", ValueError):
+    with refused(r"stages 3 to 5, bucket 64: node 1\.2\.0 is a host call;", ValueError):
         assemble("", "kernel, child graph(kernel, kernel, child graph(host call)), kernel")
 
 
 def test_a_capture_with_a_conditional_cannot_be_a_child() -> None:
-    with refused("stage 2, bucket 64: node 1 is a conditional; a graph that holds one cannot be a child", ValueError):
+    with refused(
+        "stages 3 to 5, bucket 64: node 1 is a conditional; a graph that holds one cannot be a child", ValueError
+    ):
         assemble("", "kernel, conditional")
 
 
 def test_a_capture_with_a_kernel_of_another_context_is_named() -> None:
-    with refused("stage 2, bucket 64: node 1 is a kernel of another context; expected all in the one", ValueError):
+    with refused(
+        "stages 3 to 5, bucket 64: node 1 is a kernel of another context; expected all in the one", ValueError
+    ):
         assemble("", "kernel, kernel@2")
 
 
 def test_a_capture_without_nodes_is_named() -> None:
-    with refused("stage 2, bucket 64: expected nodes, got an empty graph", ValueError):
+    with refused("stages 3 to 5, bucket 64: expected nodes, got an empty graph", ValueError):
         assemble("", "")
 
 
@@ -103,29 +110,38 @@ def test_a_driver_that_is_too_old_is_refused() -> None:
     assemble("kernel").close()
 
 
-def test_buckets_come_smallest_first_and_each_stage_has_one() -> None:
+def test_buckets_come_smallest_first_and_each_segment_has_one() -> None:
     captures = [SimulatedCapture(int) for _ in range(3)]
     with refused(r"later: expected the buckets of stage 1 smallest first, got \[8, 4\]", ValueError):
         AssembledGraph(captures[0], [{8: captures[1], 4: captures[2]}], driver="recording")
-    with refused("buckets: expected at least one a stage, got 0", ValueError):
-        AssembledGraph(captures[0], [{}], driver="recording")
+    with refused("buckets: stage 2: expected at least one, got 0", ValueError):
+        AssembledGraph(captures[0], [{}], driver="recording", names=NAMES[:2])
+
+
+def test_each_segment_has_a_name() -> None:
+    for names in (NAMES[:1], NAMES):
+        with refused(f"names: expected 2, got {len(names)}", ValueError):
+            AssembledGraph(SimulatedCapture(int), [{8: SimulatedCapture(int)}], driver="recording", names=names)
 
 
 @pytest.mark.parametrize(
-    ("captures", "buckets", "names", "message"),
+    ("captures", "names", "buckets", "sizes", "message"),
     [
-        (2, [2], 3, "captures: expected 3, got 2"),
-        (3, [2], 2, "names: expected 3, got 2"),
-        (0, [], 1, "captures: expected 1, got 0"),
-        (2, [-1, 1], 2, "buckets: expected at least one a stage, got -1"),
+        (2, 2, [2], 2, "captures: expected 3, got 2"),
+        (3, 1, [2], 2, "names: expected 2, got 1"),
+        (3, 2, [2], 1, "sizes: expected 2, got 1"),
+        (0, 1, [], 0, "captures: expected 1, got 0"),
+        (2, 3, [-1, 1], 0, "buckets: stage: expected at least one, got -1"),
     ],
 )
-def test_lists_that_do_not_fit_are_an_error(captures: int, buckets: list[int], names: int, message: str) -> None:
+def test_lists_that_do_not_fit_are_an_error(
+    captures: int, names: int, buckets: list[int], sizes: int, message: str
+) -> None:
     table = graph_driver("recording")
     with pytest.raises(REFUSAL[True], match=message):
-        torch.ops.dgate_rt.graph_assemble(table, 0, [7] * captures, buckets, ["stage"] * names)
+        torch.ops.dgate_rt.graph_assemble(table, 0, [7] * captures, ["stage"] * names, buckets, [8] * sizes)
     with pytest.raises(REFUSAL[True], match="captures: stage: expected a graph, got 0"):
-        torch.ops.dgate_rt.graph_assemble(table, 0, [0], [], ["stage"])
+        torch.ops.dgate_rt.graph_assemble(table, 0, [0], ["stage"], [], [])
 
 
 def test_whichever_call_fails_nothing_is_left_behind(simulation: DriverCounts) -> None:

@@ -225,22 +225,24 @@ def test_what_a_stage_raises_comes_out_of_the_launch() -> None:
 def test_describe_tells_nodes_edges_and_bodies() -> None:
     later = [{8: SimulatedCapture(int, "kernel, memory set"), 16: SimulatedCapture(int)}, {16: SimulatedCapture(int)}]
     first = SimulatedCapture(int, "kernel, child graph(kernel, empty node), memory copy")
-    with AssembledGraph(first, later, driver="recording") as graph:
+    names = ["stages 0 to 1", "stage 2", "stages 3 to 5"]
+    with AssembledGraph(first, later, driver="recording", names=names) as graph:
         told = graph.describe()
         assert (told["driver"], told["version"]) == ("recording", 13000)
         assert told["edges"] == [[0, 1], [1, 2]]
         assert [(node["id"], node["name"], node["type"]) for node in told["nodes"]] == [
-            (0, "stage 0", "child graph"), (1, "stage 1", "conditional"), (2, "stage 2", "conditional"),
+            (0, "stages 0 to 1", "child graph"), (1, "stage 2", "conditional"), (2, "stages 3 to 5", "conditional"),
         ]  # fmt: skip
         assert told["nodes"][0]["holds"] == {"kernel": 2, "child graph": 1, "empty node": 1, "memory copy": 1}
         assert [node["switch"] for node in told["nodes"][1:]] == list(graph.switches)
         assert [node["default"] for node in told["nodes"][1:]] == [2, 1]
-        bodies = [(body["value"], body["name"], body["nodes"]) for node in told["nodes"][1:] for body in node["bodies"]]
+        bodies = [tuple(body.values()) for node in told["nodes"][1:] for body in node["bodies"]]
         assert bodies == [
-            (0, "stage 1, bucket 8", [{"type": "child graph", "holds": {"kernel": 1, "memory set": 1}}]),
-            (1, "stage 1, bucket 16", [{"type": "child graph", "holds": {"kernel": 1}}]),
-            (0, "stage 2, bucket 16", [{"type": "child graph", "holds": {"kernel": 1}}]),
+            (0, 8, "stage 2, bucket 8", [{"type": "child graph", "holds": {"kernel": 1, "memory set": 1}}]),
+            (1, 16, "stage 2, bucket 16", [{"type": "child graph", "holds": {"kernel": 1}}]),
+            (0, 16, "stages 3 to 5, bucket 16", [{"type": "child graph", "holds": {"kernel": 1}}]),
         ]
+        assert list(told["nodes"][1]["bodies"][0]) == ["value", "bucket", "name", "nodes"]
         dot = graph.describe("dot")
         with pytest.raises(ValueError, match="format: expected 'json' or 'dot', got 'svg'"):
             graph.describe("svg")
@@ -251,16 +253,17 @@ def test_describe_tells_nodes_edges_and_bodies() -> None:
     assert re.findall(r'(n\d) -> (\w+_0) \[style=dashed, label="(\d)"\]', dot) == [
         ("n1", "b1_0_0", "0"), ("n1", "b1_1_0", "1"), ("n2", "b2_0_0", "0"),
     ]  # fmt: skip
-    for name in ("stage 0", "switch of stage 1", "stage 1, bucket 8", "stage 1, bucket 16", "stage 2, bucket 16"):
+    for name in ("stages 0 to 1", "switch of stages 3 to 5", *(name for _, _, name, _ in bodies)):
         assert f'label="{name}' in dot
 
 
 def test_names_of_any_kind_are_told() -> None:
     capture, name = SimulatedCapture(int), 'a "stage"\n\\ of ünits'
     table = graph_driver("recording")
-    graph, _ = torch.ops.dgate_rt.graph_assemble(table, 0, [capture.raw_cuda_graph()] * 2, [1], [name, name])
+    graph, _ = torch.ops.dgate_rt.graph_assemble(table, 0, [capture.raw_cuda_graph()] * 2, [name, name], [1], [8])
     told = json.loads(torch.ops.dgate_rt.graph_describe(graph, "json"))
-    assert [told["nodes"][0]["name"], told["nodes"][1]["bodies"][0]["name"]] == [name, name]
+    assert [node["name"] for node in told["nodes"]] == [name, name]
+    assert told["nodes"][1]["bodies"][0]["name"] == f"{name}, bucket 8"
     assert torch.ops.dgate_rt.graph_describe(graph, "dot").count("\n") == 11
     torch.ops.dgate_rt.graph_destroy(graph)
 
@@ -271,6 +274,7 @@ def test_a_graph_of_one_stage_has_no_switch() -> None:
         graph.launch()
         assert graph.switches == ()
         assert graph.describe()["edges"] == []
+        assert [node["name"] for node in graph.describe()["nodes"]] == ["stage 0"]
     assert ran == [0]
 
 

@@ -456,7 +456,7 @@ def test_on_cuda_captures_are_launched_without_the_assembler_which_asks_for_swit
             did.append("replay")
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    lag.launcher(Graph(), "cuda")()
+    lag.launcher(Graph(), "cuda", "stage 0")()
     assert did == ["instantiate", "replay"]
 
 

@@ -1,4 +1,4 @@
-// Builds the chain of stages with the driver's calls. Captures are checked first, because the driver would only say
+// Builds the chain of segments with the driver's calls. Captures are checked first, because the driver would only say
 // "invalid argument", and not of which of them.
 #include "assemble.h"
 
@@ -14,7 +14,7 @@ std::string with_article(NodeType type) {
 }
 
 // Throws unless a captured graph may be a child of a switch's body. `path` leads to a graph inside a
-// capture: "3." for that of node 3. Stages are all held to it, though CUDA would allow the first some more.
+// capture: "3." for that of node 3. Captures are all held to it, though CUDA would allow the first some more.
 void check_nodes(const Driver& driver, const std::string& name, Graph graph, Context context, const std::string& path) {
   const std::vector<Node> nodes = nodes_of(driver, name, graph);
   DGATE_CHECK(!nodes.empty() || !path.empty(), "captures: ", name, ": expected nodes, got an empty graph");
@@ -53,24 +53,23 @@ Context current_context(const Driver& driver) {
 }  // namespace
 
 AssembledGraph::AssembledGraph(const Driver& driver, Stream stream, const Capture& first,
-                               const std::vector<std::vector<Capture>>& later)
+                               const std::vector<Segment>& later)
     : driver_(driver), graph_(nullptr, Destroy{&driver}), exec_(nullptr, Destroy{&driver}) {
   check_driver(driver);
   const Context context = current_context(driver);
   check_nodes(driver, first.name, first.graph, context, "");
-  for (size_t stage = 0; stage < later.size(); ++stage) {
-    DGATE_CHECK(!later[stage].empty(), "buckets: expected at least one for stage ", stage + 1, ", got none");
-    for (const Capture& bucket : later[stage]) check_nodes(driver, bucket.name, bucket.graph, context, "");
+  for (const Segment& segment : later) {
+    for (const Capture& bucket : segment.buckets) check_nodes(driver, bucket.name, bucket.graph, context, "");
   }
 
   Graph graph = nullptr;
   call(driver, "assembly", "cuGraphCreate", driver.create, &graph);
   graph_.reset(graph);
-  Stage stage{nullptr, first.name, 0, {}};
-  call(driver, first.name, "cuGraphAddChildGraphNode", driver.add_child, &stage.node, graph, nullptr, size_t{0},
+  Link link{nullptr, first.name, 0, {}};
+  call(driver, first.name, "cuGraphAddChildGraphNode", driver.add_child, &link.node, graph, nullptr, size_t{0},
        first.graph);
-  stages_.push_back(std::move(stage));
-  for (const std::vector<Capture>& buckets : later) add_switch(context, buckets);
+  chain_.push_back(std::move(link));
+  for (const Segment& segment : later) add_switch(context, segment);
 
   Exec exec = nullptr;
   call(driver, "assembly", "cuGraphInstantiate", driver.instantiate, &exec, graph);
@@ -78,24 +77,25 @@ AssembledGraph::AssembledGraph(const Driver& driver, Stream stream, const Captur
   call(driver, "assembly", "cuGraphUpload", driver.upload, exec, stream);
 }
 
-// Appends a stage. Its switch starts each launch out of range, where no body runs.
-void AssembledGraph::add_switch(Context context, const std::vector<Capture>& buckets) {
-  Stage stage{nullptr, "stage " + std::to_string(stages_.size()), 0, {}};
-  const auto size = static_cast<uint32_t>(buckets.size());
-  call(driver_, stage.name, "cuGraphConditionalHandleCreate", driver_.create_switch, &stage.handle, graph_.get(),
-       context, size, kAssignDefault);
+// Appends a segment. Its switch starts each launch out of range, where no body runs.
+void AssembledGraph::add_switch(Context context, const Segment& segment) {
+  Link link{nullptr, segment.name, 0, {}};
+  const auto size = static_cast<uint32_t>(segment.buckets.size());
+  call(driver_, link.name, "cuGraphConditionalHandleCreate", driver_.create_switch, &link.handle, graph_.get(), context,
+       size, kAssignDefault);
   std::vector<Graph> bodies(size);
-  const Node before = stages_.back().node;
-  call(driver_, stage.name, "cuGraphAddNode", driver_.add_conditional, &stage.node, graph_.get(), &before, size_t{1},
-       stage.handle, ConditionalType::kSwitch, context, size, bodies.data());
+  const Node before = chain_.back().node;
+  call(driver_, link.name, "cuGraphAddNode", driver_.add_conditional, &link.node, graph_.get(), &before, size_t{1},
+       link.handle, ConditionalType::kSwitch, context, size, bodies.data());
   for (size_t i = 0; i < bodies.size(); ++i) {
+    const Capture& bucket = segment.buckets[i];
     Node node = nullptr;
-    call(driver_, buckets[i].name, "cuGraphAddChildGraphNode", driver_.add_child, &node, bodies[i], nullptr, size_t{0},
-         buckets[i].graph);
-    stage.bodies.push_back({buckets[i].name, bodies[i]});
+    call(driver_, bucket.name, "cuGraphAddChildGraphNode", driver_.add_child, &node, bodies[i], nullptr, size_t{0},
+         bucket.graph);
+    link.bodies.push_back({bucket.name, bucket.bucket, bodies[i]});
   }
-  switches_.push_back(stage.handle);
-  stages_.push_back(std::move(stage));
+  switches_.push_back(link.handle);
+  chain_.push_back(std::move(link));
 }
 
 void AssembledGraph::launch(Stream stream) const {

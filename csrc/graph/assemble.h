@@ -1,11 +1,13 @@
-// The whole batch as one graph: stage 0, then for each later stage a SWITCH node with one body per bucket size.
+// The whole batch as one graph: the first segment of the network, then for each later one a SWITCH node with one body
+// per bucket size.
 //
-//   stage 0 -> switch of stage 1 {bucket 0 | bucket 1 | ...} -> switch of stage 2 {...} -> ...
+//   first segment -> switch of the second {bucket 0 | bucket 1 | ...} -> switch of the third {...} -> ...
 //
-// The gate at the end of a stage sets the switch of the next. A switch that nothing sets runs no body, so a batch whose
-// samples have all left skips the rest.
+// The gate at the end of a segment sets the switch of the next. A switch that nothing sets runs no body, so a batch
+// whose samples have all left skips the rest. What messages call a segment is the caller's: it may span several stages.
 #pragma once
 
+#include <cstdint>
 #include <memory>
 #include <string>
 #include <type_traits>
@@ -16,21 +18,27 @@
 
 namespace dgate_rt::graph {
 
-// What was captured of one stage at one size, and what messages call it: "stage 2, bucket 64".
+// What was captured at one size, and what messages call it: "stages 1 to 2, bucket 64".
 struct Capture {
   Graph graph;
+  int64_t bucket;
   std::string name;
+};
+
+// What runs behind a switch, and what messages call it: "stages 1 to 2".
+struct Segment {
+  std::string name;
+  std::vector<Capture> buckets;
 };
 
 class AssembledGraph {
  public:
   // Copies the captures into one graph, instantiates and uploads it. What they use of memory must outlive this object.
-  AssembledGraph(const Driver& driver, Stream stream, const Capture& first,
-                 const std::vector<std::vector<Capture>>& later);
+  AssembledGraph(const Driver& driver, Stream stream, const Capture& first, const std::vector<Segment>& later);
 
   void launch(Stream stream) const;  // returns at once
   void destroy();                    // as the destructor, which tells nobody of a failure
-  const std::vector<Switch>& switches() const { return switches_; }  // of stage 1, 2, ...
+  const std::vector<Switch>& switches() const { return switches_; }  // in the order of the chain
 
   std::string describe(const std::string& format) const;  // "json" or "dot"
 
@@ -45,16 +53,17 @@ class AssembledGraph {
 
   struct Body {
     std::string name;
+    int64_t bucket;
     Graph graph;
   };
-  struct Stage {  // stage 0 has neither a switch nor bodies
+  struct Link {  // the first has neither a switch nor bodies
     Node node;
     std::string name;
     Switch handle;
     std::vector<Body> bodies;
   };
 
-  void add_switch(Context context, const std::vector<Capture>& buckets);
+  void add_switch(Context context, const Segment& segment);
   std::vector<std::pair<size_t, size_t>> edges() const;
   std::string json() const;
   std::string dot() const;
@@ -62,7 +71,7 @@ class AssembledGraph {
   const Driver& driver_;
   Owned<Graph> graph_;
   Owned<Exec> exec_;  // behind the graph, so that it goes first
-  std::vector<Stage> stages_;
+  std::vector<Link> chain_;
   std::vector<Switch> switches_;
 };
 

@@ -67,7 +67,7 @@ std::string holds_label(const Driver& driver, const std::string& name, Node node
 
 }  // namespace
 
-// Edges as indices of stages: the top of the graph has one node a stage.
+// Edges as indices of the chain: the top of the graph has one node a link.
 std::vector<std::pair<size_t, size_t>> AssembledGraph::edges() const {
   size_t count = 0;
   call(driver_, "describe", "cuGraphGetEdges", driver_.edges, graph_.get(), nullptr, nullptr, &count);
@@ -75,8 +75,8 @@ std::vector<std::pair<size_t, size_t>> AssembledGraph::edges() const {
   if (count > 0)
     call(driver_, "describe", "cuGraphGetEdges", driver_.edges, graph_.get(), from.data(), to.data(), &count);
   const auto index = [this](Node node) {
-    const auto same = [node](const Stage& stage) { return stage.node == node; };
-    return static_cast<size_t>(std::find_if(stages_.begin(), stages_.end(), same) - stages_.begin());
+    const auto same = [node](const Link& link) { return link.node == node; };
+    return static_cast<size_t>(std::find_if(chain_.begin(), chain_.end(), same) - chain_.begin());
   };
   std::vector<std::pair<size_t, size_t>> indices(count);
   for (size_t i = 0; i < count; ++i) indices[i] = {index(from[i]), index(to[i])};
@@ -88,21 +88,21 @@ std::string AssembledGraph::json() const {
   int version = 0;
   call(driver_, "describe", "cuDriverGetVersion", driver_.version, &version);
   text << "{\"driver\": " << quoted(driver_.name) << ", \"version\": " << version << ", \"nodes\": [";
-  for (size_t i = 0; i < stages_.size(); ++i) {
-    const Stage& stage = stages_[i];
-    text << (i ? ", " : "") << "{\"id\": " << i << ", \"name\": " << quoted(stage.name)
-         << ", \"type\": " << quoted(name_of(type_of(driver_, "describe", stage.node)));
-    if (stage.bodies.empty()) {
-      text << ", \"holds\": " << holds_json(driver_, stage.node) << '}';
+  for (size_t i = 0; i < chain_.size(); ++i) {
+    const Link& link = chain_[i];
+    text << (i ? ", " : "") << "{\"id\": " << i << ", \"name\": " << quoted(link.name)
+         << ", \"type\": " << quoted(name_of(type_of(driver_, "describe", link.node)));
+    if (link.bodies.empty()) {
+      text << ", \"holds\": " << holds_json(driver_, link.node) << '}';
       continue;
     }
-    text << ", \"switch\": " << static_cast<int64_t>(stage.handle) << ", \"default\": " << stage.bodies.size()
+    text << ", \"switch\": " << static_cast<int64_t>(link.handle) << ", \"default\": " << link.bodies.size()
          << ", \"bodies\": [";
-    for (size_t body = 0; body < stage.bodies.size(); ++body) {
-      text << (body ? ", " : "") << "{\"value\": " << body << ", \"name\": " << quoted(stage.bodies[body].name)
-           << ", \"nodes\": [";
+    for (size_t body = 0; body < link.bodies.size(); ++body) {
+      text << (body ? ", " : "") << "{\"value\": " << body << ", \"bucket\": " << link.bodies[body].bucket
+           << ", \"name\": " << quoted(link.bodies[body].name) << ", \"nodes\": [";
       const char* comma = "";
-      for (const Node node : nodes_of(driver_, "describe", stage.bodies[body].graph)) {
+      for (const Node node : nodes_of(driver_, "describe", link.bodies[body].graph)) {
         text << comma << "{\"type\": " << quoted(name_of(type_of(driver_, "describe", node)))
              << ", \"holds\": " << holds_json(driver_, node) << '}';
         comma = ", ";
@@ -124,19 +124,19 @@ std::string AssembledGraph::json() const {
 std::string AssembledGraph::dot() const {
   std::ostringstream text;
   text << "digraph assembled {\n  node [shape=box];\n";
-  for (size_t i = 0; i < stages_.size(); ++i) {
-    const Stage& stage = stages_[i];
-    if (stage.bodies.empty()) {
-      text << "  n" << i << " [label=" << holds_label(driver_, stage.name, stage.node) << "];\n";
+  for (size_t i = 0; i < chain_.size(); ++i) {
+    const Link& link = chain_[i];
+    if (link.bodies.empty()) {
+      text << "  n" << i << " [label=" << holds_label(driver_, link.name, link.node) << "];\n";
       continue;
     }
-    text << "  n" << i << " [shape=diamond, label=" << quoted("switch of " + stage.name) << "];\n";
-    for (size_t body = 0; body < stage.bodies.size(); ++body) {
+    text << "  n" << i << " [shape=diamond, label=" << quoted("switch of " + link.name) << "];\n";
+    for (size_t body = 0; body < link.bodies.size(); ++body) {
       const std::string id = "b" + std::to_string(i) + '_' + std::to_string(body);
       size_t index = 0;
-      text << "  subgraph cluster_" << id << " {\n    label=" << quoted(stage.bodies[body].name) << ";\n";
-      for (const Node node : nodes_of(driver_, "describe", stage.bodies[body].graph)) {
-        text << "    " << id << '_' << index++ << " [label=" << holds_label(driver_, stage.bodies[body].name, node)
+      text << "  subgraph cluster_" << id << " {\n    label=" << quoted(link.bodies[body].name) << ";\n";
+      for (const Node node : nodes_of(driver_, "describe", link.bodies[body].graph)) {
+        text << "    " << id << '_' << index++ << " [label=" << holds_label(driver_, link.bodies[body].name, node)
              << "];\n";
       }
       text << "  }\n  n" << i << " -> " << id << "_0 [style=dashed, label=" << quoted(std::to_string(body)) << "];\n";

@@ -39,29 +39,35 @@ std::shared_ptr<AssembledGraph> find(int64_t graph, bool remove = false) {
 
 int64_t recording_graph_driver() { return reinterpret_cast<int64_t>(&recording_driver()); }
 
-// The graph's number, then the switch of each later stage. `buckets` says how many of the captures each of those has.
+// The graph's number, then the switch of each later segment. `names` has one a segment, `buckets` says how many of the
+// captures each later one has, and `sizes` of how many samples those are.
 std::vector<int64_t> assemble(int64_t driver, int64_t stream, std::vector<int64_t> captures,
-                              std::vector<int64_t> buckets, std::vector<std::string> names) {
+                              std::vector<std::string> names, std::vector<int64_t> buckets,
+                              std::vector<int64_t> sizes) {
   DGATE_CHECK(driver != 0, "driver: expected the address of a table, got 0");
   const Driver& table = *as<const Driver*>(driver);
   DGATE_CHECK(table.layout == kLayout, "driver: expected a table of layout ", kLayout, ", got ", table.layout,
               "; build both halves of the extension from the same sources");
-  for (const int64_t count : buckets) DGATE_CHECK(count > 0, "buckets: expected at least one a stage, got ", count);
-  const size_t expected = std::accumulate(buckets.begin(), buckets.end(), size_t{1});
-  DGATE_CHECK(captures.size() == expected, "captures: expected ", expected, ", got ", captures.size());
-  DGATE_CHECK(names.size() == expected, "names: expected ", expected, ", got ", names.size());
+  DGATE_CHECK(names.size() == 1 + buckets.size(), "names: expected ", 1 + buckets.size(), ", got ", names.size());
+  for (size_t i = 0; i < buckets.size(); ++i)
+    DGATE_CHECK(buckets[i] > 0, "buckets: ", names[i + 1], ": expected at least one, got ", buckets[i]);
+  const size_t expected = std::accumulate(buckets.begin(), buckets.end(), size_t{0});
+  DGATE_CHECK(sizes.size() == expected, "sizes: expected ", expected, ", got ", sizes.size());
+  DGATE_CHECK(captures.size() == 1 + expected, "captures: expected ", 1 + expected, ", got ", captures.size());
 
   size_t next = 0;
-  const auto take = [&] {
-    DGATE_CHECK(captures[next] != 0, "captures: ", names[next], ": expected a graph, got 0");
-    const Capture capture{as<Graph>(captures[next]), names[next]};
-    ++next;
-    return capture;
+  const auto take = [&](const std::string& name, int64_t bucket) {
+    DGATE_CHECK(captures[next] != 0, "captures: ", name, ": expected a graph, got 0");
+    return Capture{as<Graph>(captures[next++]), bucket, name};
   };
-  const Capture first = take();
-  std::vector<std::vector<Capture>> later(buckets.size());
-  for (size_t stage = 0; stage < later.size(); ++stage) {
-    for (int64_t i = 0; i < buckets[stage]; ++i) later[stage].push_back(take());
+  const Capture first = take(names[0], 0);
+  std::vector<Segment> later;
+  for (size_t i = 0; i < buckets.size(); ++i) {
+    later.push_back({names[i + 1], {}});
+    while (later[i].buckets.size() < static_cast<size_t>(buckets[i])) {
+      const int64_t size = sizes[next - 1];
+      later[i].buckets.push_back(take(names[i + 1] + ", bucket " + std::to_string(size), size));
+    }
   }
   const auto graph = std::make_shared<AssembledGraph>(table, as<Stream>(stream), first, later);
   const std::lock_guard lock(registry().mutex);

@@ -34,6 +34,12 @@ class Segment:
     stages: range
     gate: int | None
 
+    def called(self, bucket: int | None = None) -> str:
+        """What messages call it, or its capture of a bucket: "stage 1", "stages 1 to 2, bucket 64"."""
+        first, last = self.stages[0], self.stages[-1]
+        name = f"stage {first}" if first == last else f"stages {first} to {last}"
+        return name if bucket is None else f"{name}, bucket {bucket}"
+
 
 @dataclass(frozen=True)
 class Arena:
@@ -108,11 +114,14 @@ class CapturedStages:
         """The buckets of every segment behind the first, what padding to them is expected to cost, and the memory."""
         lines = []
         for segment, buckets in zip(self.segments[1:], self.buckets, strict=True):
-            stages = f"stage {segment.stages[0]}" + (f" to {segment.stages[-1]}" if len(segment.stages) > 1 else "")
             sizes = ", ".join(map(str, buckets.sizes))
-            lines.append(f"{stages}: buckets {sizes}; padding is expected to add {buckets.waste:.1%}")
+            lines.append(f"{segment.called()}: buckets {sizes}; padding is expected to add {buckets.waste:.1%}")
         captures = f", captures {_mebibytes(sum(self.taken.values()))}" if self._device.type == "cuda" else ""
         return [*lines, f"memory: arenas {_mebibytes(self._arena_bytes())}{captures}"]
+
+    def called(self, index: int, size: int) -> str:
+        """What messages call a capture; the first segment has only one, of the full batch."""
+        return self.segments[index].called(size if index else None)
 
     def run_segment(self, index: int, size: int) -> None:
         """What one capture does: stages, then the gate or the end."""
@@ -154,7 +163,7 @@ class CapturedStages:
             for size in reversed(sizes):
                 before = self._capture.reserved()
                 largest_first[size] = self._captured(index, size)
-                self.taken[self._what(index, size)] = self._capture.reserved() - before
+                self.taken[self.called(index, size)] = self._capture.reserved() - before
             self.captures.append(dict(reversed(largest_first.items())))
 
     def _needed(self) -> str:
@@ -228,11 +237,7 @@ class CapturedStages:
         return torch.tensor(sizes, dtype=torch.int32, device=self._device)
 
     def _captured(self, index: int, size: int) -> Capture:
-        return self._capture(lambda: self.run_segment(index, size), self._what(index, size))
-
-    def _what(self, index: int, size: int) -> str:
-        stages = self.segments[index].stages
-        return f"stage {stages[0]} to {stages[-1]} at {size} samples"
+        return self._capture(lambda: self.run_segment(index, size), self.called(index, size))
 
 
 def segments(active: tuple[bool, ...]) -> list[Segment]:

@@ -11,6 +11,8 @@ On CUDA this has not run yet; ``device="cpu-sim"`` runs it, control flow include
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -48,11 +50,8 @@ class GraphExecutor:
         return self._submitted
 
     def _launch(self, x: Tensor) -> None:
-        if self._submitted is not None:
-            self._submitted.result()
-            self._submitted = None
-        if self.model.active != self.stages.active:
-            self._build()
+        self._end_submitted()
+        self._follow_gates()
         if self.stages.host is not None:
             self.stages.host.exits.fill_(UNANSWERED)
         with current(x.device):
@@ -66,7 +65,24 @@ class GraphExecutor:
 
     def describe(self) -> list[str]:
         """As `CapturedStages.describe`."""
+        self._follow_gates()
         return self.stages.describe()
+
+    def assembled(self, format: str) -> Any:
+        """As `AssembledGraph.describe`, for the gates that are on now."""
+        self._follow_gates()
+        return self.graph.describe(format)
+
+    def _follow_gates(self) -> None:
+        """Capture again if a gate was switched on or off."""
+        if self.model.active != self.stages.active:
+            self._end_submitted()  # it runs in the memory that goes
+            self._build()
+
+    def _end_submitted(self) -> None:
+        if self._submitted is not None:
+            self._submitted.result()
+            self._submitted = None
 
     def _build(self) -> None:
         device = self.model.thresholds.device
@@ -78,7 +94,8 @@ class GraphExecutor:
         self.stages = stages = CapturedStages(self.model, self.setup, capture)
         (first,) = stages.captures[0].values()
         try:
-            self.graph = AssembledGraph(first, stages.captures[1:], capture.driver)
+            names = [segment.called() for segment in stages.segments]
+            self.graph = AssembledGraph(first, stages.captures[1:], capture.driver, names=names)
         except (ValueError, RuntimeError) as error:
             raise ExecutorError(f"graph: {error}") from error
         gates = [segment.gate for segment in stages.segments if segment.gate is not None]

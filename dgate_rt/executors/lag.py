@@ -142,8 +142,11 @@ class Lane:
             capture = captures_for(setup, model.thresholds.device)  # with a pool of its own: lanes run side by side
             self._stages = CapturedStages(self._own, setup, capture)
             self._launchers = [
-                {size: launcher(captured, capture.driver) for size, captured in sizes.items()}
-                for sizes in self._stages.captures
+                {
+                    size: launcher(captured, capture.driver, self._stages.called(index, size))
+                    for size, captured in sizes.items()
+                }
+                for index, sizes in enumerate(self._stages.captures)
             ]
         self._segment = 0
 
@@ -202,8 +205,8 @@ class Lane:
         self.done = True
 
 
-def launcher(capture: Capture, driver: str) -> Callable[[], None]:
-    """What launches one capture on the current stream.
+def launcher(capture: Capture, driver: str, name: str) -> Callable[[], None]:
+    """What launches one capture on the current stream; errors call it ``name``.
 
     On CUDA it is torch that instantiates: the assembler asks for a driver that has switches, and this is to do without.
 
@@ -214,7 +217,7 @@ def launcher(capture: Capture, driver: str) -> Callable[[], None]:
         if isinstance(capture, torch.cuda.CUDAGraph):
             capture.instantiate()
             return capture.replay
-        return AssembledGraph(capture, [], driver).launch
+        return AssembledGraph(capture, driver=driver, names=[name]).launch
     except (ValueError, RuntimeError) as error:
         raise ExecutorError(f"lag: {error}") from error
 
