@@ -1,9 +1,11 @@
-"""What a batch asks of the driver, and what padding to buckets costs: two tables, counted and computed, not timed.
+"""What a batch asks of host and driver, and what padding to buckets costs: two tables, counted and computed, not timed.
 
     python -m dgate_rt.bench.launches
+    python -m dgate_rt.bench.launches --picture docs/assembled-graph.svg
 
-Counts come from the recording driver, on a small network with three gates at the paper's second exit mix. Padded costs
-come from the planner, for CIFAR ResNet-101's FLOPs at the paper's four mixes and independent samples.
+Counts are those of a small network with three gates at the paper's second exit mix, for every executor; those of the
+driver come from the recording driver. The picture is of that network's assembled graph. Padded costs come from the
+planner, for CIFAR ResNet-101's FLOPs at the paper's four mixes and independent samples.
 """
 
 from __future__ import annotations
@@ -11,14 +13,17 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 
 from dgate_rt import Gate, GateProgram, StagedModel, compile
+from dgate_rt.bench.host_work import HostWork
 from dgate_rt.bench.workload import PAPER_MIXES
 from dgate_rt.cli.files import gates_off
+from dgate_rt.executors import EXECUTORS
 from dgate_rt.gate import leaves
 from dgate_rt.graphs import driver_counts, reset_simulation
 from dgate_rt.plan import binomial_arrivals, choose_buckets
@@ -27,7 +32,10 @@ GFLOPS = (0.4397, 0.6711, 3.3806, 0.5285)
 """CIFAR ResNet-101 by stage, a sample (`dgate flops resnet101`)."""
 BATCH_SIZE = 256
 MOST_BUCKETS = 8
-SIMULATED = ("lag", "graph")
+COUNTED = (
+    "executor", "operators launched", "host reads", "graph launches", "captures run", "switches looked at",
+    "driver calls", "driver waits", "driver allocations",
+)  # fmt: skip
 
 
 def padded_cost(mix: Sequence[float], buckets: int) -> float:
@@ -57,34 +65,51 @@ def small_program() -> tuple[GateProgram, torch.Tensor]:
             leaving = round(share * BATCH_SIZE)
             thresholds.append(float(ordered[leaving - 1 : leaving + 1].mean()))
             alive &= ~leaves(margin, thresholds[-1])
-    return replace(gates_off(staged, gates, x), thresholds=tuple(thresholds)), x
+    program = replace(gates_off(staged, gates, x), thresholds=tuple(thresholds))
+    return replace(program, point=replace(program.point, thresholds=program.thresholds, shares=PAPER_MIXES[1])), x
 
 
-def count_rows() -> Iterator[str]:
-    """A line for each executor that the driver can be simulated for."""
+def count_rows() -> Iterator[tuple[str | int, ...]]:
+    """A row of `COUNTED` for each executor, on the simulated driver where it has a use for one."""
     program, x = small_program()
-    for executor in SIMULATED:
-        run = compile(program, batch_size=BATCH_SIZE, device="cpu-sim", executor=executor)
+    for name, executor in EXECUTORS.items():
+        device = "cpu-sim" if "cpu-sim" in executor.devices else "cpu"
+        run = compile(program, batch_size=BATCH_SIZE, device=device, executor=name)
         run(x)
         reset_simulation()
-        run(x)
-        counts = driver_counts()
-        yield (
-            f"| `{executor}` | {counts.launches} | {counts.stages} | {counts.conditionals} | {counts.host_calls} "
-            f"| {counts.synchronisations} | {counts.allocations} |"
-        )
+        with HostWork() as host:
+            run(x)
+        d = driver_counts()
+        driver = (d.launches, d.stages, d.conditionals, d.host_calls, d.synchronisations, d.allocations)
+        yield (f"`{name}`", host.operators, host.reads, *driver)
+
+
+def picture() -> str:
+    """The assembled graph of the small network, as an SVG file."""
+    from dgate_rt.figures import graph_figure, standalone
+
+    program, _ = small_program()
+    graph = compile(program, batch_size=BATCH_SIZE, device="cpu-sim", executor="graph").describe("json")
+    gates = len(program.gates)
+    exits = {g: f"gate {g}" for g in range(gates)} | {gates: "whole network"}
+    return standalone(graph_figure(graph, exits))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command."""
     parser = argparse.ArgumentParser(
         prog="python -m dgate_rt.bench.launches",
-        description="Count what a batch asks of the driver, on the recording driver, and compute what padding costs.",
+        description="Count what a batch asks of the host and of a recording driver, and compute what padding costs.",
     )
-    parser.parse_args(arguments)
-    print("| executor | graph launches | captures run | switches looked at | driver calls | waits | allocations |")
-    print("|---|---|---|---|---|---|---|")
-    print(*count_rows(), sep="\n")
+    parser.add_argument("--picture", type=Path, help="only draw the assembled graph, into this SVG file")
+    path = parser.parse_args(arguments).picture
+    if path is not None:
+        path.write_text(picture(), encoding="utf-8")
+        return
+    print("|", " | ".join(COUNTED), "|")
+    print("|---|" + "---|" * (len(COUNTED) - 1))
+    for row in count_rows():
+        print("|", " | ".join(map(str, row)), "|")
     print(f"\nExpected cost of a batch of {BATCH_SIZE}, padded to M buckets a stage, over that of exact sub-batches:\n")
     print("| exit mix |", *(f"M = {m} |" for m in range(1, MOST_BUCKETS + 1)))
     print("|---|" + "---|" * MOST_BUCKETS)

@@ -26,7 +26,7 @@ from dgate_rt.data import DataBundle
 from dgate_rt.executors import Predictions
 from dgate_rt.program import GateProgram, load
 from dgate_rt.progress import track
-from dgate_rt.report import TableRow, configuration, console_table, write_report
+from dgate_rt.report import TableRow, configuration, console_table, simulated_graph, write_report
 from dgate_rt.runtime import compile
 from dgate_rt.staged import StagedModel, split
 from dgate_rt.timing import commit, interleaved, machine_header
@@ -122,6 +122,7 @@ def run_demo(
     )
     command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
     with steps.step("report"):
+        graph, missing = simulated_graph(next(iter(programs.values())), BATCH_SIZE)
         write_report(
             result.report,
             title=f"Decision gates on {bundle.name}",
@@ -133,8 +134,10 @@ def run_demo(
             notes=[
                 f"{meta.name} in its CIFAR form at width {meta.width:g}, trained here (seed {seed}); "
                 f"{len(trace.targets)} test images; batches of {BATCH_SIZE}, float32.",
+                *missing,
                 *warnings,
             ],
+            graph=graph,
         )
         _write_json(
             result.results,

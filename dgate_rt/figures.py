@@ -9,6 +9,8 @@ from __future__ import annotations
 import base64
 import io
 import re
+import textwrap
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,7 +25,7 @@ try:
     from matplotlib.axes import Axes
     from matplotlib.colors import LinearSegmentedColormap, to_hex, to_rgb
     from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
+    from matplotlib.patches import FancyBboxPatch, Patch, Polygon
     from PIL import Image
 except ImportError as error:
     raise ImportError(
@@ -39,6 +41,11 @@ _LABELLED_CELLS = 40
 """Up to this many classes the heat map names each and writes the counts into its cells."""
 _SPARSE_LABELS = 24
 _THUMBNAIL = 96
+_COLUMN, _BOX, _BEVEL, _LINE = 1.75, 1.35, 0.1, 0.15
+"""Inches of the picture of a graph: from one node of the chain to the next, a box's width, what a switch lacks at each
+corner, a line of text."""
+_LETTERS = 19
+"""So many fit a line of such a box."""
 _STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "dgate_rt",
@@ -57,6 +64,12 @@ _STYLE: Any = {
     "legend.frameon": False,
     "lines.linewidth": 1.8,
 }
+
+_FILE_STYLE = """
+svg { color: #1d2127; --faint: #c5cbd3; }
+@media (prefers-color-scheme: dark) { svg { color: #e4e7eb; --faint: #4a525d; } }
+text { font-family: system-ui, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif !important; }
+"""
 
 
 def exit_colours(gates: int) -> list[str]:
@@ -159,6 +172,47 @@ def classes_figure(
         return _svg(figure, f"classes-{name}", "Share of each class answered at each exit")
 
 
+def graph_figure(
+    graph: Mapping[str, Any],  # as `Runtime.describe` gives it for "json"
+    exits: Mapping[int, str],  # behind each node of the chain: the exit's index and name
+) -> str:
+    """The chain that a batch runs through: above each node its exit, below each switch what it chooses from."""
+    nodes, colours = graph["nodes"], exit_colours(max(exits))
+    first = [nodes[0]["name"], *_held([nodes[0]])]
+    choices = [
+        [
+            *([f"bucket {body['bucket']}", *_held(body["nodes"])] for body in node["bodies"]),
+            ["none", "if nobody is left"],
+        ]
+        for node in nodes[1:]
+    ]
+    chain, box = _height(first), max((_height(lines) for column in choices for lines in column), default=0.0)
+    top, step = 0.77, box + 0.09  # of the chain; from one body to the next
+    below = top + chain + 0.24
+    width, height = _COLUMN * (len(nodes) - 1) + _BOX, below + step * max(map(len, choices), default=0)
+    with mpl.rc_context(_STYLE):
+        figure, axes = _axes(width, height)
+        axes.set(position=(0, 0, 1, 1), xlim=(0, width), ylim=(height, 0))
+        axes.set_axis_off()
+        for column, (node, (exit_, name)) in enumerate(zip(nodes, exits.items(), strict=True)):
+            left, colour = column * _COLUMN, colours[exit_]
+            exit_lines = [f"exit {exit_}", _shortened(name, _LETTERS)]
+            _box(axes, (left, 0.0), _BOX, 0.42, exit_lines, "white", facecolor=colour, edgecolor="none")
+            _arrow(axes, (left + _BOX / 2, top), (left + _BOX / 2, 0.44))
+            if column == 0:
+                _box(axes, (left, top), _BOX, chain, first, edgecolor=colour)
+                continue
+            _arrow(axes, (left - _COLUMN + _BOX, top + chain / 2), (left, top + chain / 2))
+            _switch(axes, left, top, chain, node["name"], colour)
+            for row, lines in enumerate(choices[column - 1]):
+                at, last = below + row * step, row == len(node["bodies"])
+                look = {"edgecolor": _FAINT, "linestyle": "--"} if last else {"edgecolor": colour}
+                _box(axes, (left + 2 * _BEVEL, at), _BOX - 2 * _BEVEL, box, lines, **look)
+                _line(axes, (left + _BEVEL, at + box / 2), (left + 2 * _BEVEL, at + box / 2))
+            _line(axes, (left + _BEVEL, top + chain), (left + _BEVEL, at + box / 2))
+        return _svg(figure, "graph", "The assembled graph: a chain of switches, and the buckets each chooses from")
+
+
 def earliest_first(counts: NDArray[np.int64]) -> NDArray[np.int64]:
     """Classes by their mean exit; those without a sample last."""
     mean = counts @ np.arange(counts.shape[1]) / np.maximum(counts.sum(1), 1)
@@ -199,6 +253,64 @@ def _labelled_cells(
             )
 
 
+def _held(nodes: Sequence[Mapping[str, Any]]) -> list[str]:
+    """How many nodes of each type these hold, in lines."""
+    total: Counter[str] = Counter()
+    for node in nodes:
+        total.update(node["holds"])
+    counts = [f"{count} {kind if count == 1 else _plural(kind)}" for kind, count in total.items()]
+    text = ", ".join(count.replace(" ", "\u00a0") for count in counts)  # lines break between counts only
+    return textwrap.wrap(text, _LETTERS)
+
+
+def _plural(kind: str) -> str:
+    return f"{kind[:-1]}ies" if kind.endswith("y") else f"{kind}s"
+
+
+def _height(lines: Sequence[str]) -> float:
+    return 0.15 + _LINE * len(lines)
+
+
+def _box(
+    axes: Axes,
+    at: tuple[float, float],
+    width: float,
+    height: float,
+    lines: Sequence[str],  # the first in bold
+    ink: str = _INK,
+    **look: Any,
+) -> None:
+    look = {"boxstyle": "round,pad=0,rounding_size=0.06", "facecolor": "none", "linewidth": 1.3, **look}
+    axes.add_patch(FancyBboxPatch(at, width, height, clip_on=False, **look))
+    _lines(axes, at[0] + width / 2, at[1] + height / 2, lines, 0, ink)
+
+
+def _switch(axes: Axes, left: float, top: float, height: float, name: str, colour: str) -> None:
+    right, middle, bottom = left + _BOX, top + height / 2, top + height
+    corners = [
+        (left, middle), (left + _BEVEL, top), (right - _BEVEL, top),
+        (right, middle), (right - _BEVEL, bottom), (left + _BEVEL, bottom),
+    ]  # fmt: skip
+    axes.add_patch(Polygon(corners, facecolor="none", edgecolor=colour, linewidth=1.3, clip_on=False))
+    _lines(axes, left + _BOX / 2, middle, ["switch", name], 1, _INK)
+
+
+def _lines(axes: Axes, x: float, y: float, lines: Sequence[str], bold: int, ink: str) -> None:
+    for index, line in enumerate(lines):
+        at = y + (index - (len(lines) - 1) / 2) * _LINE
+        weight: Any = {"fontsize": 8.5, "fontweight": "bold"} if index == bold else {"fontsize": 7.5}
+        axes.text(x, at, line, ha="center", va="center", color=ink, **weight)
+
+
+def _line(axes: Axes, start: tuple[float, float], end: tuple[float, float]) -> None:
+    axes.plot(*zip(start, end, strict=True), color=_FAINT, linewidth=1.1, clip_on=False)
+
+
+def _arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float]) -> None:
+    look = {"arrowstyle": "-|>", "color": _INK, "linewidth": 1.1, "shrinkA": 0, "shrinkB": 0}
+    axes.annotate("", end, start, arrowprops=look)
+
+
 def _axes(width: float, height: float) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(width, height))
     return figure, figure.add_subplot()
@@ -211,6 +323,12 @@ def _percent(value: float, _: object = None) -> str:
 def _shortened(text: str, most: int = 22) -> str:
     """Without `$`, which matplotlib reads as mathematics, and not longer than a label may be."""
     return (text if len(text) <= most else text[: most - 1] + "…").replace("$", r"\$")
+
+
+def standalone(svg: str) -> str:
+    """A figure as a file of its own, which has to bring the page's names, font and colours, light and dark."""
+    names = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+    return svg.replace("<svg ", f"<svg {names} ", 1).replace(">", f">\n<style>{_FILE_STYLE}</style>", 1)
 
 
 def _svg(figure: Figure, salt: str, label: str) -> str:

@@ -1,4 +1,4 @@
-"""One self-contained page about gated runs: the table, the frontier, and who left where."""
+"""One self-contained page about gated runs: the table, the frontier, who left where, and the graph of a batch."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from datetime import datetime, timezone
 from html import escape
 from pathlib import Path
 from string import Template
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +21,9 @@ from torch import Tensor
 
 import dgate_rt
 from dgate_rt import figures
+from dgate_rt.errors import ExecutorError
 from dgate_rt.program import GateProgram
+from dgate_rt.runtime import compile
 from dgate_rt.timing import machine_header
 from dgate_rt.trace import Replay, Trace
 
@@ -85,6 +88,17 @@ def console_table(rows: Iterable[TableRow], title: str | None = None) -> Table:
     return table
 
 
+def simulated_graph(program: GateProgram, batch_size: int) -> tuple[dict[str, Any] | None, list[str]]:
+    """The graph that batches of a program become on the recording driver, as `write_report` draws it, and notes.
+
+    One dense batch is run on the CPU for it. Where it cannot be had there is None, and a note that says why.
+    """
+    try:
+        return compile(program, batch_size=batch_size, device="cpu-sim", executor="graph").describe("json"), []
+    except ExecutorError as error:
+        return None, [f"The assembled graph is not shown: {error}"]
+
+
 def write_report(
     path: str | os.PathLike[str],
     *,
@@ -95,6 +109,7 @@ def write_report(
     classes: Sequence[str],
     table: Sequence[TableRow],
     notes: Sequence[str] = (),
+    graph: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the page, whole or not at all; it loads nothing from anywhere.
 
@@ -107,9 +122,10 @@ def write_report(
         classes: names of the K classes.
         table: the measured rows.
         notes: lines for the head of the page.
+        graph: what batches of the first program become, from `simulated_graph`; without it no graph is shown.
 
     Raises:
-        ValueError: without a program, or if programs, trace, images and classes do not belong together.
+        ValueError: without a program, or if programs, trace, images, classes and graph do not belong together.
     """
     _check(programs, trace, images, classes)
     replays = {name: trace.replay(program.thresholds, program.costs) for name, program in programs.items()}
@@ -121,6 +137,8 @@ def write_report(
     ]
     if images is not None:
         sections.append(_section("examples", "Examples", _examples(programs, replays, trace, images, classes)))
+    if graph is not None:
+        sections.append(_section("graph", "The assembled graph", _graph(*next(iter(programs.items())), graph)))
     machine = " · ".join(f"{key.replace('_', ' ')} {value}" for key, value in machine_header().items() if value)
     written = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
     command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
@@ -241,6 +259,21 @@ def _examples(
     )
 
 
+def _graph(name: str, program: GateProgram, graph: Mapping[str, Any]) -> str:
+    on = [*(t != math.inf for t in program.thresholds), True]
+    exits = {index: exit_ for index, exit_ in enumerate(exit_names(program)) if on[index]}
+    if len(graph["nodes"]) != len(exits):
+        raise ValueError(
+            f"graph: expected {len(exits)} nodes, one for each exit of {name!r} that is on, got {len(graph['nodes'])}"
+        )
+    simulated = _SIMULATED if graph["driver"] == "recording" else ""
+    return (
+        f'<div class="scroll">{figures.graph_figure(graph, exits)}</div>'
+        f"<p>A batch of <b>{escape(name)}</b> on the executor graph is one launch of this chain. Each switch runs the "
+        f"smallest bucket that holds the samples that are left, and none if nobody is left.{simulated}</p>"
+    )
+
+
 def _shown(replay: Replay, trace: Trace) -> list[NDArray[np.int64]]:
     """For each exit the samples to show: right ones evenly spread by margin, then the wrong ones of highest margin."""
     chosen = []
@@ -285,6 +318,11 @@ _TABLE_NOTE = (
     "the paper's Table 1.</p>"
 )
 
+_SIMULATED = (
+    " This is the graph of the recording driver, which simulates CUDA's on the CPU: there each capture is one node. It "
+    "has not run on a GPU."
+)
+
 _PAGE = Template("""<!doctype html>
 <html lang="en">
 <head>
@@ -306,6 +344,7 @@ h4 i { display: inline-block; width: .75em; height: .75em; border-radius: 2px; m
 p { max-width: 46rem; margin: .6rem 0; }
 header p.fine, section > p, figure > p { color: var(--soft); font-size: .875rem; }
 .scroll { overflow-x: auto; }
+.scroll svg { max-width: none; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; margin: .5rem 0 1rem; }
 th, td { padding: .35rem .9rem; text-align: right; white-space: nowrap; }
 th { font-weight: 600; border-bottom: 1px solid var(--ink); }

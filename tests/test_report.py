@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import replace
+from html import unescape
 from html.parser import HTMLParser
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from dgate_rt import Gate, GateProgram, StagedModel
+from dgate_rt import Gate, GateProgram, StagedModel, ops
 from dgate_rt.cost import Costs
 from dgate_rt.frontier import Frontier, search_frontier
 from dgate_rt.trace import Trace
@@ -243,6 +244,71 @@ def test_images_of_any_dtype(tmp_path, trace, programs, dtype):
     assert "<img" in write(tmp_path, trace, programs, list("0123456789"), images)
 
 
+def graph_of(*buckets: list[int], holds: dict[str, int] | None = None, driver: str = "recording") -> dict:
+    """What `Runtime.describe` gives for a graph with a switch for each list of buckets."""
+    held = {"type": "child graph", "holds": holds or {"kernel": 1}}
+    switches = [
+        {"name": f"stage {k}", "bodies": [{"bucket": size, "nodes": [held]} for size in sizes]}
+        for k, sizes in enumerate(buckets, 1)
+    ]
+    return {"driver": driver, "nodes": [{"name": "stage 0", **held}, *switches]}
+
+
+def svg_texts(text: str) -> list[str]:
+    return [unescape(found).replace("\u00a0", " ") for found in re.findall(r"<text[^>]*>(.*?)</text>", text)]
+
+
+def test_the_graph_is_drawn_where_one_is_given(tmp_path, trace, programs):
+    graph = graph_of([8, 64], [64], [16, 32, 64], holds={"kernel": 43, "memory copy": 1, "empty node": 2})
+    text = write(tmp_path, trace, programs, list("0123456789"), graph=graph)
+    assert [s["id"] for s in Page(text).find("section")] == [*SECTIONS[:-1], "graph"]
+    section = text[text.index('<section id="graph"') :]
+    shown = svg_texts(section)
+    assert [t for t in shown if t.startswith("exit")] == [f"exit {k}" for k in range(4)]
+    assert [t for t in shown if t.startswith("stage")] == [f"stage {k}" for k in range(4)]
+    assert [t for t in shown if t.startswith("bucket")] == [f"bucket {n}" for n in (8, 64, 64, 16, 32, 64)]
+    for line in ("43 kernels,", "1 memory copy,", "2 empty nodes"):
+        assert shown.count(line) == 1 + 6
+    assert shown.count("none") == shown.count("switch") == 3
+    assert "It has not run on a GPU." in section
+    assert "It has not run" not in write(
+        tmp_path, trace, programs, list("0123456789"), graph=graph | {"driver": "cuda"}
+    )
+
+
+def test_the_graph_shows_exits_that_are_on(tmp_path, trace, programs):
+    program = replace(programs["no drop"], thresholds=(math.inf, 0.5, math.inf))
+    text = write(tmp_path, trace, {"p": program}, list("0123456789"), graph=graph_of([8]))
+    shown = svg_texts(text[text.index('<section id="graph"') :])
+    assert [t for t in shown if t.startswith("exit")] == ["exit 1", "exit 3"]
+    off = replace(program, thresholds=(math.inf,) * 3)
+    text = write(tmp_path, trace, {"p": off}, list("0123456789"), graph=graph_of())
+    assert svg_texts(text[text.index('<section id="graph"') :])[-4:] == [
+        "exit 3",
+        "whole network",
+        "stage 0",
+        "1 kernel",
+    ]
+
+
+@pytest.mark.skipif(not ops.extension_loaded(), reason="the C++ extension is not built")
+def test_the_graph_of_a_program_is_that_of_the_recording_driver(tmp_path, trace, programs):
+    staged = StagedModel([nn.Flatten(), nn.Linear(192, 2), nn.Identity(), nn.Linear(2, 10)])
+    gates = (Gate(192, 10), Gate(2, 10), Gate(2, 10))
+    program = replace(programs["no drop"], staged=staged, gates=gates, thresholds=(0.1, math.inf, 0.1))
+    graph, notes = report.simulated_graph(program, batch_size=16)
+    assert notes == []
+    assert [node["name"] for node in graph["nodes"]] == ["stage 0", "stages 1 to 2", "stage 3"]
+    assert "stages 1 to 2" in write(tmp_path, trace, {"p": program}, list("0123456789"), graph=graph)
+
+
+def test_a_graph_that_cannot_be_had_is_a_note(programs, monkeypatch):
+    monkeypatch.setattr(ops, "extension_error", lambda name: "not built")
+    graph, (note,) = report.simulated_graph(programs["no drop"], batch_size=4)
+    assert graph is None
+    assert note.startswith("The assembled graph is not shown: driver: expected the extension")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -251,8 +317,9 @@ def test_images_of_any_dtype(tmp_path, trace, programs, dtype):
         ({"classes": ["a", "b"]}, r"classes: expected at least 10 names, got 2"),
         ({"trace": make_trace(10, gates=2)}, r"programs: expected 2 gates, as the trace has, got 3 in 'no drop'"),
         ({"trace": Trace(np.empty((3, 0)), np.empty((4, 0), int), np.empty(0, int))}, r"trace: expected at least one"),
+        ({"graph": graph_of([8])}, r"graph: expected 4 nodes, one for each exit of 'no drop' that is on, got 2"),
     ],
-    ids=["no-program", "images", "classes", "gates", "no-sample"],
+    ids=["no-program", "images", "classes", "gates", "no-sample", "graph"],
 )
 def test_what_does_not_belong_together_is_refused(tmp_path, trace, programs, change, message):
     arguments = {"programs": programs, "trace": trace, "images": None, "classes": list("0123456789"), **change}

@@ -166,7 +166,7 @@ def report(
     """Run dense and gated on the test split, and write one self-contained page about it."""
     from dgate_rt.cli.files import device_of, open_data, open_network, open_program
     from dgate_rt.cli.testing import measure, pictures
-    from dgate_rt.report import console_table, write_report
+    from dgate_rt.report import console_table, simulated_graph, write_report
     from dgate_rt.trace import collect_trace
 
     torch_device = device_of(device)
@@ -184,6 +184,7 @@ def report(
     notes = [f"{net.meta.name}, width {net.meta.width:g}; test split of {bundle.name}; batch size {batch_size}."]
     if shown is None:
         notes.append("The test split is too large to show examples of.")
+    graph, missing = simulated_graph(next(iter(programs.values())), batch_size)
     write_report(
         output,
         title=f"Gates on {net.meta.name}, {bundle.name}",
@@ -192,7 +193,8 @@ def report(
         images=shown,
         classes=bundle.classes,
         table=rows,
-        notes=notes,
+        notes=[*notes, *missing],
+        graph=graph,
     )
     say(f"wrote {output}")
     if json_:
