@@ -151,7 +151,7 @@ def test_out_of_memory_says_what_was_needed_and_frees_it(program, monkeypatch, e
     text = str(caught.value)
     assert "Tried to allocate 5.00 GiB" in text
     assert "arenas" in text
-    assert re.search(r"captures: .*64 samples 3\.0 MiB; .*64 samples 3\.0 MiB; .*32 samples 3\.0 MiB", text)
+    assert re.search(r"captures: stage 0: 3\.0 MiB; stage 1, bucket 64: 3\.0 MiB; stage 1, bucket 32: 3\.0 MiB", text)
     assert "A smaller batch_size than 64, or fewer buckets, would need less" in text
     gc.collect()
     assert len(limited.made) == 5

@@ -140,6 +140,15 @@ def test_what_a_stage_raises_comes_with_the_result(program, tiny_images):
     assert run.submit(tiny_images).result().exits.max() == 3
 
 
+@simulated
+def test_a_ticket_keeps_its_answers_while_a_graph_of_other_gates_is_described(program, tiny_images):
+    run = start(program, "graph", "cpu-sim")
+    expected, ticket = run(tiny_images), run.submit(tiny_images)
+    run.set_thresholds([math.inf] * 3)
+    assert [node["name"] for node in run.describe("json")["nodes"]] == ["stages 0 to 3"]
+    assert torch.equal(ticket.result().exits, expected.exits)
+
+
 def test_what_it_cannot_do_is_refused(program, tiny_images):
     with pytest.raises(dg.ExecutorError, match="submit: compile the program with early_answers=True"):
         dg.compile(program).submit(tiny_images)

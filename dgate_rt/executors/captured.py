@@ -168,7 +168,7 @@ class CapturedStages:
 
     def _needed(self) -> str:
         """What was taken before memory ran out, and what would need less."""
-        captures = "; ".join(f"{what} {_mebibytes(n)}" for what, n in self.taken.items())
+        captures = "; ".join(f"{what}: {_mebibytes(n)}" for what, n in self.taken.items())
         return (
             f"Taken before, and freed now: arenas {_mebibytes(self._arena_bytes())}; captures: {captures or 'none'}. "
             f"A smaller batch_size than {self.setup.batch_size}, or fewer buckets, would need less"
