@@ -151,6 +151,13 @@ def row_dense(t: Tensor) -> Tensor:
     return t if len(t) == 0 or _is_dense(t[0]) else t.contiguous()
 
 
+def empty_rows(t: Tensor, count: int) -> Tensor:
+    """Memory for ``count`` rows, each laid out as those of ``t``, which are dense, one behind the other."""
+    row = t.shape[1:].numel()
+    flat = torch.empty(count * row, dtype=t.dtype, device=t.device)
+    return flat.as_strided((count, *t.shape[1:]), (row, *t.stride()[1:]))
+
+
 def _is_dense(row: Tensor) -> bool:
     """Whether the values of ``row`` fill one block of memory without gaps or overlap, in any order of dimensions."""
     expected = 1

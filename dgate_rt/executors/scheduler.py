@@ -38,8 +38,8 @@ class Schedule:
                 return step, self.chunks[step]
         if more:
             return None
-        step = next((step for step, rows in enumerate(waiting) if rows), None)
-        if step is None:
-            return None
-        cut = self.cuts[step]
-        return step, waiting[step] if cut is None else cut[waiting[step]]
+        for step, rows in enumerate(waiting):
+            if rows:
+                cut = self.cuts[step]
+                return step, rows if cut is None else cut[rows]
+        return None

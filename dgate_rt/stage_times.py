@@ -1,0 +1,198 @@
+"""What each stage takes at each batch size on this machine: measured once, then kept in the user's cache directory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+import torch
+from torch import Tensor
+
+from dgate_rt.chunks import StageTimes
+from dgate_rt.executors.base import empty_rows, row_dense
+from dgate_rt.progress import track
+from dgate_rt.staged import StagedModel, as_tuple
+from dgate_rt.timing import machine_header
+
+ROUNDS = 5
+CLEARLY_WORSE = 1.1
+"""By what factor a sample must cost more than at the best size so far to count against larger ones."""
+_SAMPLES = 4  # of which the inputs of later stages are made, by repeating them
+_LONG_MS = 1000.0
+_SCHEMA = 1
+
+
+def stage_times(
+    staged: StagedModel,
+    input_shape: Sequence[int],
+    dtype: torch.dtype,
+    device: torch.device,
+    channels_last: bool,
+    batch_size: int,
+    engine: str = "eager",
+    remeasure: bool = False,
+) -> StageTimes:
+    """`measure_stage_times` at `sizes_up_to` the batch size, or what it found when it was last asked the same.
+
+    Kept as JSON in ``platformdirs.user_cache_dir("dgate_rt")``, or where the environment variable ``DGATE_RT_CACHE``
+    says. The same are backbone, shape, dtype, layout, engine, sizes, threads, machine and version of torch. A file that
+    cannot be read is measured again.
+
+    Args:
+        staged: in eval mode, on ``device``, in the memory format that it will run in.
+        input_shape: of one sample.
+        dtype: of the input.
+        device: where to run.
+        channels_last: whether images come in that memory format.
+        batch_size: the largest size.
+        engine: what runs a stage.
+        remeasure: whether to measure even so, and to keep that.
+    """
+    sizes = sizes_up_to(batch_size)
+    header = machine_header()
+    key = {
+        "schema": _SCHEMA,
+        "backbone": staged.fingerprint(),
+        "input": [list(input_shape), str(dtype), "channels_last" if channels_last else "as given"],
+        "engine": engine,
+        "sizes": list(sizes),
+        "machine": {name: header[name] for name in ("cpu", "torch_threads", "torch")} | {"device": str(device)},
+    }
+    path = _cache_directory() / f"stage-times-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.json"
+    known = None if remeasure else _read(path, key)
+    if known is not None:
+        return known
+    times = measure_stage_times(staged, input_shape, dtype, device, channels_last, sizes)
+    _write(path, {"key": key, "times": asdict(times)})
+    return times
+
+
+def sizes_up_to(batch_size: int) -> tuple[int, ...]:
+    """The powers of two up to ``batch_size``, and itself."""
+    return tuple(sorted({batch_size, *(2**i for i in range(batch_size.bit_length()))}))
+
+
+@torch.inference_mode()
+def measure_stage_times(
+    staged: StagedModel,
+    input_shape: Sequence[int],  # of one sample
+    dtype: torch.dtype,
+    device: torch.device,
+    channels_last: bool,
+    sizes: Sequence[int],  # ascending, from 1
+    budget_s: float = 10.0,
+) -> StageTimes:
+    """Time every stage at every size, and the copying of rows at every cut, on noise.
+
+    Rounds go over sizes and stages in turn, so that a slow spell of the machine meets all alike. The least time counts:
+    with few rounds a median would still hold the warm-up, and whatever else the machine did. A stage is not tried at
+    larger sizes once a sample has cost more by `CLEARLY_WORSE` twice in a row. Each size runs twice at least, and
+    `ROUNDS` times as long as ``budget_s`` is not spent.
+    """
+    end = time.perf_counter() + budget_s
+    inputs = _inputs(staged, input_shape, dtype, device, channels_last)
+    stages = range(len(inputs))
+
+    def clock(stage: int, size: int) -> float:
+        given = tuple(_repeated(t, size) for t in inputs[stage])  # afresh, for a stage may work in place
+        return _milliseconds(lambda: staged.run_stage(stage, given))
+
+    least: list[dict[int, float]] = [{} for _ in stages]  # milliseconds by size
+    single = sum(min(clock(stage, 1), clock(stage, 1)) for stage in stages)
+    watched = 2 * single * sum(sizes) > _LONG_MS
+    for size in track(sizes, "timing the stages", enabled=watched):
+        for stage in stages:
+            if not _grown_too_large(least[stage]):
+                least[stage][size] = min(clock(stage, size), clock(stage, size))
+    for _ in track(range(ROUNDS - 2), "once more", enabled=watched):
+        for stage, size in [(stage, size) for size in sizes for stage in stages if size in least[stage]]:
+            if time.perf_counter() < end:
+                least[stage][size] = min(least[stage][size], clock(stage, size))
+    ms = tuple(tuple(by_size.values()) for by_size in least)
+    return StageTimes(tuple(sizes), ms, tuple(_copying(boundary) for boundary in inputs[1:]))
+
+
+def _inputs(
+    staged: StagedModel, input_shape: Sequence[int], dtype: torch.dtype, device: torch.device, channels_last: bool
+) -> list[tuple[Tensor, ...]]:
+    """What each stage is given, for a few samples."""
+    generator = torch.Generator().manual_seed(0)
+    if dtype.is_floating_point:
+        x = torch.randn((_SAMPLES, *input_shape), generator=generator).to(device, dtype)
+    else:
+        x = torch.zeros((_SAMPLES, *input_shape), dtype=dtype, device=device)
+    if channels_last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    boundaries = staged.boundaries(x.clone())
+    copies = [tuple(_repeated(row_dense(t), _SAMPLES) for t in as_tuple(boundary)) for boundary in boundaries]
+    return [(x,), *copies[:-1]]
+
+
+def _repeated(t: Tensor, count: int) -> Tensor:
+    """``count`` rows, those of ``t`` again and again, in its layout."""
+    rows = empty_rows(t, count)
+    for start in range(0, count, len(t)):
+        part = rows[start : start + len(t)]
+        part.copy_(t[: len(part)])
+    return rows
+
+
+def _grown_too_large(least: dict[int, float]) -> bool:
+    a_sample = [ms / size for size, ms in least.items()]
+    return len(a_sample) > 2 and min(a_sample[-2:]) > CLEARLY_WORSE * min(a_sample[:-2])
+
+
+def _copying(boundary: tuple[Tensor, ...]) -> float:
+    """Milliseconds to copy one row."""
+    dest = [empty_rows(t, len(t)) for t in boundary]
+
+    def copy() -> None:
+        for t, to in zip(boundary, dest, strict=True):
+            to.copy_(t)
+
+    return min(_milliseconds(copy) for _ in range(ROUNDS)) / _SAMPLES
+
+
+def _milliseconds(job: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    job()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def _cache_directory() -> Path:
+    return Path(os.environ.get("DGATE_RT_CACHE") or platformdirs.user_cache_dir("dgate_rt"))
+
+
+def _read(path: Path, key: dict[str, Any]) -> StageTimes | None:
+    try:
+        found = json.loads(path.read_text())
+        times = found["times"]
+        if found["key"] != key:
+            return None
+        known = StageTimes(
+            tuple(map(int, times["sizes"])),
+            tuple(tuple(map(float, ms)) for ms in times["ms"]),
+            tuple(map(float, times["regroup"])),
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return known
+
+
+def _write(path: Path, found: dict[str, Any]) -> None:
+    """Whole or not at all; where the directory cannot be written, the next compilation measures again."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
+            json.dump(found, file)
+        os.replace(file.name, path)
+    except OSError:
+        return
