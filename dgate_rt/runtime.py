@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from typing import Any, Literal, overload
 
 import torch
@@ -20,6 +20,7 @@ from dgate_rt.executors import (
     GatedModel,
     GraphExecutor,
     Predictions,
+    RegroupingExecutor,
     Setup,
     StreamingExecutor,
     Ticket,
@@ -32,6 +33,14 @@ MOST_ROWS_ON_CUDA = 65_536
 """What one launch of the route takes; kMaxRows in csrc/cuda/route_arguments.h."""
 
 
+_CHOICE = {
+    "cpu": ("refill", "every stage at the batch size that suits it on a CPU"),
+    "cpu-sim": ("graph", "what is simulated"),
+}
+_SHOWS_EARLY = ("eager", "what shows early answers on the CPU")
+_ANYWHERE = ("eager", "exact sub-batch sizes, on any device")
+
+
 def compile(
     program: GateProgram,
     *,
@@ -42,6 +51,8 @@ def compile(
     channels_last: bool | None = None,
     buckets: Sequence[int] | Literal["auto"] = "auto",
     early_answers: bool = False,
+    chunks: Sequence[int] | Literal["auto"] = "auto",
+    remeasure: bool = False,
 ) -> Runtime:
     """Make a program ready to run.
 
@@ -51,8 +62,8 @@ def compile(
         program: from `calibrate` or `load`.
         batch_size: the most samples to run at once; larger calls are cut up, smaller ones run as they are.
         device: where to run. ``"cpu-sim"`` simulates a GPU's driver on the CPU, for tests and for the curious.
-        executor: ``"dense"``, ``"eager"``, ``"lag"``, ``"graph"``, or ``"auto"``, which picks one and says which and
-            why (`Runtime.describe`).
+        executor: ``"dense"``, ``"eager"``, ``"refill"``, ``"lag"``, ``"graph"``, or ``"auto"``, which picks one and
+            says which and why (`Runtime.describe`).
         scores: also return the ``[N, K]`` distances, or the logits of samples that ran to the end.
         channels_last: memory format of images and convolution weights. By default channels_last on the CPU if the
             network convolves images, where it is about twice as fast; otherwise the layout stays as it is.
@@ -60,10 +71,14 @@ def compile(
             ``batch_size``; by default the six that should cost least (`dgate_rt.plan`), a stage by itself.
         early_answers: prepare for `Runtime.submit`, which shows answers as soon as the gate that gave them has run; for
             ``"eager"`` on the CPU, and ``"graph"``.
+        chunks: for ``"refill"``, how many samples each stage runs on at a time. By default those that should cost least
+            (`dgate_rt.chunks`) by the times of the stages on this machine: measured once, in seconds, and then kept in
+            the user's cache directory (`dgate_rt.stage_times`).
+        remeasure: measure those times again.
 
     Raises:
         TypeError: if ``program`` is no program.
-        ValueError: on an unknown executor or device, or a batch size or bucket below one.
+        ValueError: on an unknown executor or device, a batch size, bucket or chunk below one, or not a chunk a stage.
         ExecutorError: if the device or the executor that was asked for is not to be had here. Nothing falls back.
     """
     if not isinstance(program, GateProgram):
@@ -74,6 +89,9 @@ def compile(
         raise ValueError(f"executor: expected one of 'auto', {', '.join(map(repr, EXECUTORS))}, got {executor!r}")
     if buckets != "auto" and any(not isinstance(n, int) or n < 1 for n in buckets):
         raise ValueError(f"buckets: expected 'auto' or whole numbers of at least 1, got {buckets!r}")
+    stages = len(program.staged.stages)
+    if chunks != "auto" and (len(chunks) != stages or any(not isinstance(n, int) or n < 1 for n in chunks)):
+        raise ValueError(f"chunks: expected 'auto' or {stages} whole numbers above 0, one a stage, got {chunks!r}")
     simulated = device == "cpu-sim"
     try:
         device = torch.device("cpu" if simulated else device)
@@ -83,11 +101,9 @@ def compile(
         raise ValueError(f"batch_size: expected at most {MOST_ROWS_ON_CUDA} on cuda, got {batch_size}")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ExecutorError(f"device: {device} was asked for, but torch sees no CUDA device here")
-    reason = "asked for"
+    kind, reason = "cpu-sim" if simulated else device.type, "asked for"
     if executor == "auto":
-        executor = "graph" if simulated else "eager"
-        reason = "what is simulated" if simulated else "exact sub-batch sizes, on any device"
-    kind = "cpu-sim" if simulated else device.type
+        executor, reason = _SHOWS_EARLY if early_answers and kind == "cpu" else _CHOICE.get(kind, _ANYWHERE)
     if kind not in EXECUTORS[executor].devices:
         raise ExecutorError(f"executor: {executor} runs on {' and '.join(EXECUTORS[executor].devices)}, not on {kind}")
     if early_answers and kind not in getattr(EXECUTORS[executor], "early_devices", ()):
@@ -109,6 +125,8 @@ def compile(
         shares=program.point.shares,
         stage_costs=program.costs.stages,
         buckets=buckets,
+        chunks=chunks,
+        remeasure=remeasure,
         simulated=simulated,
         early_answers=early_answers,
     )
@@ -202,37 +220,65 @@ class Runtime:
         with torch.inference_mode():
             return self._executor.submit(self._laid_out(x))
 
-    def stream(self, batches: Iterable[Tensor]) -> Iterator[Predictions]:  # each [N, ...], N >= 0
-        """Answer batch after batch, each as a call would, and yield the answers in order.
+    @overload
+    def stream(self, batches: Iterable[Tensor], in_order: Literal[True] = True) -> Iterator[Predictions]: ...
 
-        Batches are taken when they are needed. The executor ``"lag"`` works on two at once, so it has taken at most two
-        more than it has answered; new thresholds hold from the next one that it takes, or the next part of one that is
-        larger than ``batch_size``. The others take one at a time. This is a generator: to close it drops the batches
-        that are under way.
+    @overload
+    def stream(self, batches: Iterable[Tensor], in_order: Literal[False]) -> Iterator[tuple[int, Predictions]]: ...
+
+    def stream(
+        self,
+        batches: Iterable[Tensor],  # each [N, ...], N >= 0
+        in_order: bool = True,
+    ) -> Iterator[Any]:
+        """Answer batch after batch, each as a call would, and yield the answers.
+
+        Batches are taken when they are needed. The executor ``"refill"`` lets samples of different batches share
+        chunks: it takes as many as it needs to fill them, and answers what is under way before it takes one under new
+        thresholds. ``"lag"`` works on two at once, so it has taken at most two more than it has answered; new
+        thresholds hold from the next one that it takes, or the next part of one that is larger than ``batch_size``.
+        The others take one at a time. This is a generator: to close it drops the batches that are under way.
+
+        Args:
+            batches: taken one by one.
+            in_order: with False each batch comes as ``(index, answers)`` as soon as its last sample is answered,
+                perhaps before one that came earlier.
 
         Raises:
             TypeError, ValueError: as a call does, and whatever ``batches`` raises; after the answers to the batches
                 before.
         """
-        if not isinstance(self._executor, StreamingExecutor):
-            for x in batches:
-                yield self(x)
+        with closing(self._answered(batches, in_order)) as answered:
+            for index, out in answered:
+                yield out if in_order else (index, out)
+
+    def _answered(
+        self, batches: Iterable[Tensor], in_order: bool
+    ) -> Generator[tuple[int, Predictions], None, None]:  # each with its place in the stream
+        executor = self._executor
+        if not isinstance(executor, StreamingExecutor):
+            for index, x in enumerate(batches):
+                yield index, self(x)
             return
-        complete: deque[Predictions | None] = deque()  # for each part under way the answers that it is the last of
+        under_way: dict[int, _Batch] = {}  # by the identity of the answers to each of its parts
 
         def parts() -> Iterator[tuple[Tensor, Predictions]]:
-            for x in batches:
+            for index, x in enumerate(batches):
                 self._check(x)
-                out = self._empty(len(x))
-                complete.extend([None] * ((len(x) - 1) // self.batch_size))
-                complete.append(out)
-                yield from self._cut(x, out)
+                batch = _Batch(index, self._empty(len(x)), max(1, math.ceil(len(x) / self.batch_size)))
+                for part, rows in self._cut(x, batch.out):
+                    under_way[id(rows)] = batch
+                    yield part, rows
 
-        with closing(self._executor.stream(parts())) as answered:
-            for _ in answered:
-                out = complete.popleft()
-                if out is not None:
-                    yield out
+        answer = executor.stream
+        if not in_order and isinstance(executor, RegroupingExecutor):
+            answer = executor.as_finished
+        with closing(answer(parts())) as answered:
+            for rows in answered:
+                batch = under_way.pop(id(rows))
+                batch.parts_left -= 1
+                if batch.parts_left == 0:
+                    yield batch.index, batch.out
 
     @overload
     def describe(self, format: Literal["text", "dot"] = "text") -> str: ...
@@ -301,3 +347,12 @@ class Runtime:
             raise TypeError(f"x: expected {self.program.input_dtype}, got {x.dtype}")
         if x.device.type != self.device.type or self.device.index not in (None, x.device.index):
             raise ValueError(f"x: expected a tensor on {self.device}, got one on {x.device}")
+
+
+@dataclass
+class _Batch:
+    """A batch of a stream."""
+
+    index: int
+    out: Predictions
+    parts_left: int

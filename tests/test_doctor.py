@@ -64,13 +64,6 @@ def test_every_executor_is_tried_wherever_it_runs_without_a_gpu(found):
             assert findings["Executors", f"{name} on {device}"].works
 
 
-def test_planned_executors_are_not_promised(found):
-    for name in ("refill",):
-        finding = found()["Executors", name]
-        assert not finding.works
-        assert finding.detail.startswith("not in this version")
-
-
 @pytest.mark.parametrize(
     ("kind", "reason"), [(Broken, "no such luck"), (Liar, "wrong answers")], ids=["broken", "liar"]
 )

@@ -94,7 +94,7 @@ def test_a_stage_is_not_tried_at_sizes_that_have_become_clearly_worse(monkeypatc
     assert times.sizes == sizes
 
 
-def test_every_size_runs_twice_even_over_budget_and_not_more(monkeypatch):
+def test_the_budget_bounds_sizes_and_rounds(monkeypatch):
     tried = []
 
     class Notes(nn.Module):
@@ -102,13 +102,15 @@ def test_every_size_runs_twice_even_over_budget_and_not_more(monkeypatch):
             tried.append(len(x))
             return x
 
-    staged = StagedModel([Notes()]).eval()
+    staged = StagedModel([Notes(), Notes()]).eval()
     monkeypatch.setattr(stage_times, "_grown_too_large", lambda least: False)
-    stage_times.measure_stage_times(staged, (2,), torch.float32, CPU, False, (1, 2, 4), budget_s=0.0)
-    assert [tried.count(size) for size in (2, 4)] == [2, 3]  # 4: once to make the inputs
+    times = stage_times.measure_stage_times(staged, (2,), torch.float32, CPU, False, (1, 2, 8), budget_s=0.0)
+    assert set(tried) == {1, 4}  # 4: to make the inputs
+    assert [len(ms) for ms in times.ms] == [1, 1]
     tried.clear()
-    stage_times.measure_stage_times(staged, (2,), torch.float32, CPU, False, (1, 2, 4))
-    assert tried.count(2) == stage_times.ROUNDS
+    times = stage_times.measure_stage_times(staged, (2,), torch.float32, CPU, False, (1, 2, 8))
+    assert tried.count(2) == tried.count(8) == 2 * stage_times.ROUNDS
+    assert [len(ms) for ms in times.ms] == [3, 3]
 
 
 def test_times_are_kept_and_read_again(cache, monkeypatch):

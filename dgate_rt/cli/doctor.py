@@ -18,7 +18,6 @@ import torch
 from torch import nn
 
 _GRAPH_DRIVER = (12, 8)
-_PLANNED = {"refill": "not in this version"}
 _PACKAGES = {
     "torchvision": ("torchvision", "vision", "backbones and folders of images"),
     "scikit-learn": ("sklearn", "vision", "the digits data set"),
@@ -181,8 +180,7 @@ def _executors() -> list[Finding]:
     section, devices = "Executors", ["cpu", "cpu-sim"]
     if torch.cuda.is_available():
         devices.append("cuda")
-    findings = [_try(section, e.name, device) for device in devices for e in EXECUTORS.values() if device in e.devices]
-    return findings + [Finding(section, n, False, why) for n, why in _PLANNED.items() if n not in EXECUTORS]
+    return [_try(section, e.name, device) for device in devices for e in EXECUTORS.values() if device in e.devices]
 
 
 def _try(section: str, executor: str, device: str) -> Finding:

@@ -57,7 +57,9 @@ def run(
         Path | None, typer.Option("--output", "-o", help="Write here: JSON if it ends in .json, else CSV.")
     ] = None,
     max_drop: MaxDrop = None,
-    executor: Annotated[str, typer.Option("--executor", help="auto, eager, dense; lag, graph on a GPU.")] = "auto",
+    executor: Annotated[
+        str, typer.Option("--executor", help="auto, refill, eager, dense; lag, graph on a GPU.")
+    ] = "auto",
     batch_size: BatchSize = 256,
     device: Device = "cpu",
     json_: Json = False,
@@ -155,7 +157,9 @@ def report(
         list[float] | None,
         typer.Option("--max-drop", min=0, help="Show the frontier's point of this drop; may be repeated."),
     ] = None,
-    executor: Annotated[str, typer.Option("--executor", help="auto, eager, dense; lag, graph on a GPU.")] = "auto",
+    executor: Annotated[
+        str, typer.Option("--executor", help="auto, refill, eager, dense; lag, graph on a GPU.")
+    ] = "auto",
     batch_size: BatchSize = 256,
     root: Root = None,
     download: Download = False,

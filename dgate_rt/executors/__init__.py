@@ -4,6 +4,7 @@ from dgate_rt.executors.base import (
     Executor,
     GatedModel,
     Predictions,
+    RegroupingExecutor,
     Setup,
     StreamingExecutor,
     deploy,
@@ -14,8 +15,11 @@ from dgate_rt.executors.eager import EagerExecutor
 from dgate_rt.executors.early import EarlyExecutor, Ticket
 from dgate_rt.executors.graph import GraphExecutor
 from dgate_rt.executors.lag import LagExecutor
+from dgate_rt.executors.refill import RefillExecutor
 
-EXECUTORS: dict[str, type[Executor]] = {e.name: e for e in (DenseExecutor, EagerExecutor, LagExecutor, GraphExecutor)}
+EXECUTORS: dict[str, type[Executor]] = {
+    e.name: e for e in (DenseExecutor, EagerExecutor, RefillExecutor, LagExecutor, GraphExecutor)
+}
 
 __all__ = [
     "EXECUTORS",
@@ -27,6 +31,8 @@ __all__ = [
     "GraphExecutor",
     "LagExecutor",
     "Predictions",
+    "RefillExecutor",
+    "RegroupingExecutor",
     "Setup",
     "StreamingExecutor",
     "Ticket",

@@ -58,6 +58,8 @@ class GatedModel:
         self.staged = staged
         self.gates = tuple(gates)
         self.thresholds = torch.empty(len(gates), dtype=torch.float32, device=_device_of(staged))
+        self.version = 0
+        """How often the operating point was moved."""
         self.set_thresholds(thresholds)
 
     def set_thresholds(self, thresholds: tuple[float, ...]) -> None:
@@ -68,6 +70,7 @@ class GatedModel:
                 values = values.pin_memory()
             self.thresholds.copy_(values, non_blocking=True)
         self.active = tuple(t != float("inf") for t in thresholds)
+        self.version += 1
 
     def snapshot(self) -> GatedModel:
         """The same model with the thresholds of now, which later ones do not reach."""
@@ -107,6 +110,8 @@ class Setup:
     shares: tuple[float, ...]  # [G + 1]; of the samples that leave at each exit, on validation data
     stage_costs: tuple[float, ...]  # [G + 1]; a sample
     buckets: Sequence[int] | Literal["auto"] = "auto"
+    chunks: Sequence[int] | Literal["auto"] = "auto"  # [G + 1]
+    remeasure: bool = False  # whether stage times that were kept are measured again
     simulated: bool = False  # on the recording driver instead of CUDA's
     early_answers: bool = False  # whether batches are submitted, see `early.Ticket`
 
@@ -144,6 +149,14 @@ class StreamingExecutor(Executor, Protocol):
         batches: Iterable[tuple[Tensor, Predictions]],  # each as for run, or empty
     ) -> Generator[Predictions, None, None]:
         """Answer every batch and yield where its answers went, in order; to be closed if it is not run to its end."""
+
+
+@runtime_checkable
+class RegroupingExecutor(StreamingExecutor, Protocol):
+    """A streaming executor by which a batch may be answered before one that came earlier."""
+
+    def as_finished(self, batches: Iterable[tuple[Tensor, Predictions]]) -> Generator[Predictions, None, None]:
+        """As `stream`, but each batch as soon as its last sample is answered."""
 
 
 def row_dense(t: Tensor) -> Tensor:
