@@ -94,11 +94,10 @@ def measure_stage_times(
 
     Rounds go over sizes and stages in turn, so that a slow spell of the machine meets all alike. The least time counts:
     with few rounds a median would still hold the warm-up, and whatever else the machine did. A stage is not tried at
-    larger sizes once a sample has cost more by `CLEARLY_WORSE` twice in a row, and no stage once half of ``budget_s``
-    is spent. Each size that is tried runs twice, and up to `ROUNDS` times until all of it is.
+    larger sizes once a sample has cost more by `CLEARLY_WORSE` twice in a row, and no stage once ``budget_s`` is spent.
+    Each size that is tried runs twice, and up to `ROUNDS` times until then.
     """
     end = time.perf_counter() + budget_s
-    half = end - budget_s / 2
     inputs = _inputs(staged, input_shape, dtype, device, channels_last)
     stages = range(len(inputs))
 
@@ -111,7 +110,7 @@ def measure_stage_times(
     watched = 2 * single * sum(sizes) > _LONG_MS
     for size in track(sizes, "timing the stages", enabled=watched):
         for stage in stages:
-            if size == sizes[0] or (time.perf_counter() < half and not _grown_too_large(least[stage])):
+            if size == sizes[0] or (time.perf_counter() < end and not _grown_too_large(least[stage])):
                 least[stage][size] = min(clock(stage, size), clock(stage, size))
     for _ in track(range(ROUNDS - 2), "once more", enabled=watched):
         for stage, size in [(stage, size) for size in sizes for stage in stages if size in least[stage]]:
