@@ -33,6 +33,7 @@ class StageTimes:
     sizes: tuple[int, ...]  # ascending, from 1
     ms: tuple[tuple[float, ...], ...]  # [S][up to len(sizes)], of a whole batch; shorter where larger did not pay
     regroup: tuple[float, ...]  # [S - 1]; ms to copy one row of what crosses there
+    complete: bool = True  # False if the machine was too busy for some sizes, whose times are then guessed
 
     def table(self, stages: Sequence[int], padded: bool = False) -> Floats:  # [n + 1]
         """Milliseconds that some stages in a row take for 0, 1, ... samples, up to the largest size measured for all.
@@ -113,8 +114,9 @@ def plan_chunks(
     return min(plans.values(), key=_total)
 
 
-def _total(plan: ChunkPlan) -> float:
-    return sum(plan.expected)
+def _total(plan: ChunkPlan) -> tuple[float, list[int]]:
+    """What a sample takes; of plans that take the same, but for rounding, the one with larger chunks is better."""
+    return float(f"{sum(plan.expected):.9g}"), [-chunk for chunk in plan.chunks]
 
 
 def _costs(times: StageTimes, stage: int, reach: float, batch_size: int, padded: bool) -> dict[int, float]:

@@ -23,8 +23,6 @@ from dgate_rt.staged import StagedModel, as_tuple
 from dgate_rt.timing import machine_header
 
 ROUNDS = 5
-CLEARLY_WORSE = 1.1
-"""By what factor a sample must cost more than at the best size so far to count against larger ones."""
 _SAMPLES = 4  # of which the inputs of later stages are made, by repeating them
 _LONG_MS = 1000.0
 _SCHEMA = 1
@@ -44,7 +42,7 @@ def stage_times(
 
     Kept as JSON in ``platformdirs.user_cache_dir("dgate_rt")``, or where the environment variable ``DGATE_RT_CACHE``
     says. The same are backbone, shape, dtype, layout, engine, sizes, threads, machine and version of torch. A file that
-    cannot be read is measured again.
+    cannot be read is measured again, and what a machine was too busy to measure whole is not kept.
 
     Args:
         staged: in eval mode, on ``device``, in the memory format that it will run in.
@@ -71,7 +69,8 @@ def stage_times(
     if known is not None:
         return known
     times = measure_stage_times(staged, input_shape, dtype, device, channels_last, sizes)
-    _write(path, {"key": key, "times": asdict(times)})
+    if times.complete:
+        _write(path, {"key": key, "times": asdict(times)})
     return times
 
 
@@ -94,8 +93,9 @@ def measure_stage_times(
 
     Rounds go over sizes and stages in turn, so that a slow spell of the machine meets all alike. The least time counts:
     with few rounds a median would still hold the warm-up, and whatever else the machine did. A stage is not tried at
-    larger sizes once a sample has cost more by `CLEARLY_WORSE` twice in a row, and no stage once ``budget_s`` is spent.
-    Each size that is tried runs twice, and up to `ROUNDS` times until then.
+    larger sizes once two in a row have not made a sample cheaper. Each size that is tried runs twice, and up to
+    `ROUNDS` times until ``budget_s`` is spent; if that is too early for some sizes, a sample is taken to cost there
+    what it cost at the largest that was tried.
     """
     end = time.perf_counter() + budget_s
     inputs = _inputs(staged, input_shape, dtype, device, channels_last)
@@ -108,16 +108,24 @@ def measure_stage_times(
     least: list[dict[int, float]] = [{} for _ in stages]  # milliseconds by size
     single = sum(min(clock(stage, 1), clock(stage, 1)) for stage in stages)
     watched = 2 * single * sum(sizes) > _LONG_MS
+    cut_short: set[int] = set()
     for size in track(sizes, "timing the stages", enabled=watched):
         for stage in stages:
-            if size == sizes[0] or (time.perf_counter() < end and not _grown_too_large(least[stage])):
+            if _grown_too_large(least[stage]):
+                continue
+            if size == sizes[0] or time.perf_counter() < end:
                 least[stage][size] = min(clock(stage, size), clock(stage, size))
+            else:
+                cut_short.add(stage)
     for _ in track(range(ROUNDS - 2), "once more", enabled=watched):
         for stage, size in [(stage, size) for size in sizes for stage in stages if size in least[stage]]:
             if time.perf_counter() < end:
                 least[stage][size] = min(least[stage][size], clock(stage, size))
-    ms = tuple(tuple(by_size.values()) for by_size in least)
-    return StageTimes(tuple(sizes), ms, tuple(_copying(boundary) for boundary in inputs[1:]))
+    for stage in cut_short:
+        largest, ms = next(reversed(least[stage].items()))
+        least[stage] |= {size: ms / largest * size for size in sizes if size > largest}
+    found = tuple(tuple(by_size.values()) for by_size in least)
+    return StageTimes(tuple(sizes), found, tuple(_copying(boundary) for boundary in inputs[1:]), not cut_short)
 
 
 def _inputs(
@@ -147,7 +155,7 @@ def _repeated(t: Tensor, count: int) -> Tensor:
 
 def _grown_too_large(least: dict[int, float]) -> bool:
     a_sample = [ms / size for size, ms in least.items()]
-    return len(a_sample) > 2 and min(a_sample[-2:]) > CLEARLY_WORSE * min(a_sample[:-2])
+    return len(a_sample) > 2 and min(a_sample[-2:]) >= min(a_sample[:-2])
 
 
 def _copying(boundary: tuple[Tensor, ...]) -> float:

@@ -117,7 +117,7 @@ def test_a_gate_that_is_off_is_not_computed(tiny_staged, tiny_gates, tiny_images
         lambda features, *rest, **more: (widths.append(features.shape[1]), score(features, *rest, **more))[1],
     )
     run(tiny_images)
-    assert widths == [16]
+    assert set(widths) == {16}
 
 
 @pytest.mark.parametrize("value", [NAN, INF, -INF], ids=str)
