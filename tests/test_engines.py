@@ -1,0 +1,472 @@
+"""Stages on an engine answer as the stages themselves do, at any number of rows."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import threading
+
+import pytest
+import torch
+from conftest import conv_block
+from programs import all_margins, in_band, make_program, random_gates, thresholds_for
+from torch import Tensor, nn
+
+import dgate_rt as dg
+from dgate_rt import ExecutorError, StagedModel, reference
+from dgate_rt.engines import ENGINES, PreparedStage, auto, build, precision, prepare
+from dgate_rt.engines.fold import fold_batch_norms
+from dgate_rt.staged import as_tuple
+
+SIZES = {"inductor": (4, 64)}  # it takes seconds a size
+ROWS = (1, 3, 16, 17, 64)
+
+
+def installed(name: str) -> bool:
+    return all(importlib.util.find_spec(package) for package in ENGINES[name].packages)
+
+
+def needs(name: str, *values: object):
+    """A parameter that is skipped where an engine's packages are missing."""
+    missing = pytest.mark.skipif(not installed(name), reason=f'needs pip install "dgate-rt[{name}]"')
+    return pytest.param(name, *values, marks=missing, id="-".join([name, *map(str, values)]))
+
+
+class Fork(nn.Module):
+    """A convolution, and what skips the next stage."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = conv_block(3, 8)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.conv(x)
+        return y, y.mean((2, 3))
+
+
+class Join(nn.Module):
+    """The end of the residual branch, and a classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = conv_block(8, 8), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        return self.head(self.conv(x).mean((2, 3)) + skip)
+
+
+class Tokens(nn.Module):
+    """Patches, a class token, positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch = nn.Conv2d(3, 16, 4, 4)
+        self.cls, self.places = nn.Parameter(torch.randn(1, 1, 16)), nn.Parameter(torch.randn(1, 17, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.patch(x).flatten(2).transpose(1, 2)
+        return torch.cat([self.cls.expand(x.shape[0], -1, -1), tokens], 1) + self.places
+
+
+class Attention(nn.Module):
+    """A pre-norm transformer block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList([nn.LayerNorm(16), nn.LayerNorm(16)])
+        self.qkv, self.out = nn.Linear(16, 48), nn.Linear(16, 16)
+        self.mlp = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.norms[0](x)).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)
+        x = x + self.out(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return x + self.mlp(self.norms[1](x))
+
+
+class Classify(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x[:, 0])
+
+
+def network(kind: str) -> StagedModel:
+    torch.manual_seed(0)
+    stages = {
+        "conv": lambda: [conv_block(3, 8), nn.Sequential(conv_block(8, 16, 2), Pooled(16))],
+        "residual": lambda: [Fork(), Join()],
+        "vit": lambda: [nn.Sequential(Tokens(), Attention()), Classify()],
+    }[kind]()
+    model = StagedModel(stages)
+    for norm in (module for module in model.modules() if isinstance(module, nn.BatchNorm2d)):
+        nn.init.uniform_(norm.running_mean, -0.2, 0.2)
+        nn.init.uniform_(norm.running_var, 0.5, 1.5)
+    return model.eval()
+
+
+class Pooled(nn.Sequential):
+    def __init__(self, width: int) -> None:
+        super().__init__(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 5))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DGATE_RT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def images() -> Tensor:  # [64, 3, 16, 16]
+    return (
+        torch.randn(64, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+        * torch.linspace(0.2, 2, 64)[:, None, None, None]
+    )
+
+
+@pytest.fixture(scope="module")
+def prepared():
+    """Networks on engines, each prepared once."""
+    made = {}
+
+    def get(engine: str, kind: str, dtype: str | None = None):
+        if (engine, kind, dtype) not in made:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(precision, "supports_bfloat16", lambda device: True)  # emulated: right, and slow
+                made[engine, kind, dtype] = prepare(
+                    network(kind),
+                    engine,
+                    sizes=SIZES.get(engine, (1, 4, 64)),
+                    sample_shape=(3, 16, 16),
+                    dtype=dtype,
+                    channels_last=kind != "vit",
+                )
+        return made[engine, kind, dtype]
+
+    return get
+
+
+KINDS = ("conv", "residual", "vit")
+COMPILED = ("inductor", "openvino", "onnxruntime")
+
+
+@pytest.mark.parametrize(("engine", "kind"), [needs(engine, kind) for engine in ("eager", *COMPILED) for kind in KINDS])
+def test_every_engine_agrees_with_the_network_at_any_number_of_rows(prepared, images, engine, kind):
+    stages, plain = prepared(engine, kind), network(kind)
+    for count in ROWS:
+        with torch.inference_mode():
+            got, expected = images[:count], images[:count]
+            for index in range(2):
+                got, expected = stages.run_stage(index, got), plain.run_stage(index, expected)
+                assert type(got) is type(expected)
+                for a, b in zip(as_tuple(got), as_tuple(expected), strict=True):
+                    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+                    if index == 0 and a.ndim == 4:
+                        assert a.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("engine", [needs(engine) for engine in ("eager", "inductor", "openvino")])
+def test_bfloat16_agrees_but_for_samples_in_the_boundary_band(prepared, images, engine):
+    stages = prepared(engine, "conv", "bfloat16")
+    assert stages.input_dtype is torch.bfloat16
+    rounded = network("conv").to(torch.bfloat16).float()
+    gates = random_gates(rounded, images, classes=5)
+    margins = all_margins(rounded, gates, images)
+    with torch.inference_mode():
+        features = stages.gate_features(0, stages.run_stage(0, images.bfloat16()))
+        assert features.dtype is torch.bfloat16
+        margin = gates[0].score(features)[0]
+    thresholds = thresholds_for(margins, 0.4)
+    flipped = (margin >= thresholds[0]) != (margins[0] >= thresholds[0])
+    wide = in_band(margins, list(thresholds), torch.bfloat16)
+    near = (margins[0] - thresholds[0]).abs() <= 2e-2 * margins[0].abs().max()
+    assert (wide | near)[flipped].all()
+    assert flipped.sum() <= 3
+
+
+@pytest.mark.parametrize("engine", [needs(engine) for engine in COMPILED])
+def test_a_gated_runtime_answers_alike_on_every_engine(prepared, images, engine, monkeypatch):
+    staged = network("conv")
+    gates = random_gates(staged, images, classes=5)
+    margins = all_margins(staged, gates, images)
+    thresholds = thresholds_for(margins, 0.4)
+    program = make_program(staged, gates, thresholds, images)
+    monkeypatch.setattr("dgate_rt.runtime.prepare", lambda *args, **options: prepared(engine, "conv"))
+    for executor in ("dense", "eager"):
+        run = dg.compile(program, executor=executor, engine=engine, batch_size=64)
+        out = run(images)
+        expected = thresholds if executor == "eager" else (float("inf"),)
+        with torch.inference_mode():
+            labels, scores, exits = reference.predict(staged, gates, expected, images)
+        same = out.exits == exits
+        assert (same | in_band(margins, thresholds)).all()
+        assert torch.equal(out.labels[same], labels[same])
+        torch.testing.assert_close(out.scores[same], scores[same], rtol=1e-4, atol=1e-4)
+        assert f"engine {engine}" in run.describe()
+
+
+@pytest.mark.parametrize("engine", [needs(engine) for engine in ("inductor", "openvino")])
+def test_padding_never_reaches_a_result(prepared, images, engine):
+    stages = prepared(engine, "residual")
+    with torch.inference_mode():
+        clean = stages(images[:17]).clone()
+        stages(torch.full_like(images, float("nan")))  # what lies in every padding row from now on
+        assert torch.equal(stages(images[:17]), clean)
+        assert torch.equal(stages(images[:3]), stages(images[:4])[:3])
+
+
+@pytest.mark.parametrize("engine", [needs(engine) for engine in ("eager", *COMPILED)])
+def test_input_of_any_layout(prepared, images, engine):
+    stages = prepared(engine, "conv")
+    with torch.inference_mode():
+        flipped = images.transpose(2, 3)
+        torch.testing.assert_close(stages(flipped), stages(flipped.contiguous()).clone(), rtol=1e-4, atol=1e-4)
+        every_second = images[::2]
+        torch.testing.assert_close(stages(every_second), network("conv")(every_second), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("engine", [needs(engine) for engine in COMPILED])
+def test_more_rows_than_prepared_are_cut_up(prepared, images, engine):
+    many = torch.cat([images, images[:17]])
+    with torch.inference_mode():
+        torch.testing.assert_close(prepared(engine, "conv")(many), network("conv")(many), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("engine", [needs(engine) for engine in ("eager", *COMPILED)])
+def test_threads_do_not_share_memory(prepared, images, engine):
+    stages, plain = prepared(engine, "residual"), network("residual")
+    failures = []
+
+    def work(count: int) -> None:
+        for start in range(0, 30, 3):
+            x = images[start : start + count]
+            with torch.inference_mode():
+                got, expected = stages(x), plain(x)
+            if not torch.allclose(got, expected, rtol=1e-4, atol=1e-4):
+                failures.append((count, start))
+
+    threads = [threading.Thread(target=work, args=(count,)) for count in (2, 3, 31)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+
+
+def test_a_result_outlives_calls_of_other_stages(prepared, images):
+    for engine in filter(installed, COMPILED):
+        stages = prepared(engine, "residual")
+        with torch.inference_mode():
+            crossing = stages.run_stage(0, images)
+            kept = [t.clone() for t in crossing]
+            stages.run_stage(1, crossing)
+        assert all(torch.equal(a, b) for a, b in zip(crossing, kept, strict=True))
+
+
+def test_a_function_is_an_engine_and_sees_exactly_the_prepared_sizes(images):
+    seen: list[tuple[int, ...]] = []
+
+    def spy(stage, example, sizes):
+        seen.append(tuple(sizes))
+
+        def run(*tensors):
+            seen.append((len(tensors[0]),))
+            return stage(*tensors)
+
+        return run
+
+    stages = prepare(network("residual"), spy, sizes=[4, 16, 4], sample_shape=(3, 16, 16))
+    assert (stages.engine, stages.sizes(0), stages.sizes(1)) == ("spy", (4, 16), (4, 16))
+    seen.clear()
+    with torch.inference_mode():
+        torch.testing.assert_close(stages(images[:5]), network("residual")(images[:5]), rtol=1e-4, atol=1e-4)
+        stages(images[:3])
+    assert seen == [(16,), (16,), (4,), (4,)]
+
+
+class Stubborn(nn.Module):
+    """Runs in torch and nowhere else: what it does depends on its data, on the host."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (2.0 if x.sum().item() == x.sum().item() else 1.0)
+
+
+@pytest.mark.parametrize("engine", [needs(engine) for engine in COMPILED])
+def test_an_engine_that_cannot_run_a_stage_names_it(engine):
+    staged = StagedModel([conv_block(3, 4), Stubborn(), Pooled(4)], cuts=["stem", "odd"]).eval()
+    with pytest.raises(ExecutorError, match=rf"engine: {engine} cannot run stage 1, which ends at odd: "):
+        prepare(staged, engine, sizes=[4], sample_shape=(3, 8, 8))
+
+
+def test_auto_falls_back_stage_by_stage_and_says_so(monkeypatch):
+    class Picky:
+        name = any_size = "picky"
+        devices, packages = ("cpu",), ()
+
+        def __call__(self, stage, example, sizes):
+            if isinstance(stage, Stubborn):
+                raise NotImplementedError("no")
+            return stage
+
+    monkeypatch.setattr(auto, "ENGINES", {"eager": ENGINES["eager"], "picky": Picky})
+    monkeypatch.setattr(auto, "interleaved", lambda jobs, rounds: [_timing(5.0), _timing(2.0)])
+    staged = StagedModel([conv_block(3, 4), Stubborn(), Pooled(4)]).eval()
+    stages = prepare(staged, "auto", sizes=[4], sample_shape=(3, 8, 8))
+    assert stages.engine == "picky"
+    text = "\n".join(stages.describe())
+    assert "ms a sample picky 0.5, eager 1.25" in text
+    assert "stage 1 runs on eager, picky cannot run it: NotImplementedError: no" in text
+    assert "measured now" in text
+    monkeypatch.setattr(auto, "measure", None)  # is not called again
+    assert "measured before" in "\n".join(prepare(staged, "auto", sizes=[4], sample_shape=(3, 8, 8)).describe())
+
+
+def test_auto_takes_no_engine_that_answers_otherwise(monkeypatch):
+    class Wrong:
+        name = any_size = "wrong"
+        devices, packages = ("cpu",), ()
+
+        def __call__(self, stage, example, sizes):
+            return lambda *tensors: stage(*tensors) * 1.1
+
+    monkeypatch.setattr(auto, "ENGINES", {"eager": ENGINES["eager"], "wrong": Wrong})
+    stages = prepare(network("conv"), "auto", sizes=[4], sample_shape=(3, 16, 16))
+    assert stages.engine == "eager"
+    assert "wrong not taken: its logits lie" in "\n".join(stages.describe())
+
+
+def test_a_damaged_choice_is_measured_again(monkeypatch):
+    monkeypatch.setattr(auto, "ENGINES", {"eager": ENGINES["eager"]})
+    for text in ("{", "[1]", json.dumps({"key": {"gone": 1.0}})):
+        auto._path().write_text(text)
+        assert auto._remembered("key") is None
+    assert prepare(network("conv"), "auto", sizes=[2], sample_shape=(3, 16, 16)).engine == "eager"
+
+
+def _timing(ms: float):
+    from dgate_rt.timing import Timing
+
+    return Timing(ms, ms, ms)
+
+
+@pytest.mark.parametrize("engine", ["openvino", "onnxruntime"])
+def test_an_engine_that_is_not_installed_names_the_extra(monkeypatch, engine):
+    monkeypatch.setattr(build.importlib.util, "find_spec", lambda package: None)
+    with pytest.raises(ExecutorError, match=rf'needs .*: pip install "dgate-rt\[{engine}\]"'):
+        prepare(network("conv"), engine, sizes=[4], sample_shape=(3, 16, 16))
+
+
+@pytest.mark.parametrize("engine", [needs("onnxruntime")])
+def test_onnxruntime_has_no_bfloat16(engine, monkeypatch):
+    monkeypatch.setattr(precision, "supports_bfloat16", lambda device: True)
+    with pytest.raises(ExecutorError, match="expected float32, got bfloat16"):
+        prepare(network("conv"), engine, sizes=[4], sample_shape=(3, 16, 16), dtype="bfloat16")
+
+
+def test_bad_arguments_are_named(monkeypatch):
+    options = {"sizes": [4], "sample_shape": (3, 16, 16)}
+    with pytest.raises(ValueError, match=r"engine: expected one of 'auto', 'eager', .*got 'fast'"):
+        prepare(network("conv"), "fast", **options)
+    with pytest.raises(TypeError, match="engine: expected a name or a function, got int"):
+        prepare(network("conv"), 3, **options)
+    with pytest.raises(ValueError, match="dtype: expected None, 'float32' or 'bfloat16', got 'int8'"):
+        prepare(network("conv"), dtype="int8", **options)
+    with pytest.raises(ValueError, match="sizes: expected whole numbers of at least 1, got"):
+        prepare(network("conv"), sizes=[0], sample_shape=(3, 16, 16))
+    monkeypatch.setattr(precision, "supports_bfloat16", lambda device: False)
+    with pytest.raises(ExecutorError, match="bfloat16 was asked for, but cpu here has no instructions for it"):
+        prepare(network("conv"), dtype="bfloat16", **options)
+
+
+@pytest.mark.parametrize("executor", ["lag", "graph"])
+def test_captured_executors_run_on_eager_only(images, executor):
+    staged = network("conv")
+    program = make_program(staged, random_gates(staged, images, 5), (0.5,), images)
+    with pytest.raises(ExecutorError, match=f"the executor {executor} runs on eager only, got 'inductor'"):
+        dg.compile(program, executor=executor, device="cpu-sim", engine="inductor")
+
+
+def test_a_runtime_in_bfloat16_takes_the_batches_of_its_program(images, monkeypatch):
+    monkeypatch.setattr(precision, "supports_bfloat16", lambda device: True)
+    staged = network("conv")
+    gates = random_gates(staged, images, 5)
+    program = make_program(staged, gates, thresholds_for(all_margins(staged, gates, images), 0.5), images)
+    run = dg.compile(program, dtype="bfloat16", batch_size=64)
+    out = run(images)
+    assert out.scores.dtype is torch.float32
+    assert (out.exits == dg.compile(program)(images).exits).float().mean() >= 0.95
+    assert torch.equal(run(images.bfloat16()).exits, out.exits)
+    assert next(staged.parameters()).dtype is torch.float32
+    with pytest.raises(TypeError, match=r"x: expected torch.float32, got torch.float64"):
+        run(images.double())
+
+
+def test_buckets_are_the_sizes_to_prepare(images):
+    staged, sizes = network("conv"), []
+    program = make_program(staged, random_gates(staged, images, 5), (0.5,), images)
+
+    def spy(stage, example, given):
+        sizes.append(tuple(given))
+        return stage
+
+    dg.compile(program, engine=spy, batch_size=32, buckets=[5, 48])
+    dg.compile(program, engine=spy, batch_size=32)
+    assert sizes == [(5, 32)] * 2 + [(1, 4, 16, 32)] * 2
+
+
+class TestFolding:
+    """BatchNorm goes into the convolution before it, where that changes nothing."""
+
+    def agrees(self, stage: nn.Module, expected: int, channels: int = 3) -> None:
+        x = torch.randn(2, channels, 8, 8)
+        for norm in (module for module in stage.modules() if isinstance(module, nn.BatchNorm2d)):
+            nn.init.uniform_(norm.running_mean, -1, 1)
+            nn.init.uniform_(norm.running_var, 0.5, 2)
+            nn.init.uniform_(norm.bias)
+        with torch.no_grad():
+            before = stage(x)
+            assert fold_batch_norms(stage) == expected
+            torch.testing.assert_close(stage(x), before, rtol=1e-4, atol=1e-4)
+
+    def test_in_a_sequence_and_in_a_graph(self):
+        block = nn.Sequential(conv_block(3, 4), conv_block(4, 4)).eval()
+        self.agrees(torch.fx.symbolic_trace(block), 2)
+        self.agrees(block, 2)
+
+    def test_not_where_the_convolution_is_read_elsewhere(self):
+        class Both(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.conv, self.norm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+
+            def forward(self, x: Tensor) -> Tensor:
+                y = self.conv(x)
+                return self.norm(y) + y
+
+        self.agrees(torch.fx.symbolic_trace(Both().eval()), 0)
+
+    def test_not_where_a_module_is_called_twice(self):
+        conv, norm = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+        twice = nn.Sequential(conv, norm, conv, nn.BatchNorm2d(3)).eval()
+        self.agrees(torch.fx.symbolic_trace(twice), 0)
+        self.agrees(twice, 0)
+
+    def test_not_in_train_mode_nor_without_statistics(self):
+        assert fold_batch_norms(conv_block(3, 4).train()) == 0
+        assert (
+            fold_batch_norms(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, track_running_stats=False)).eval())
+            == 0
+        )
+
+    def test_a_prepared_network_has_none_left_and_the_given_one_has(self):
+        staged = network("conv")
+        stages = prepare(staged, sizes=[4], sample_shape=(3, 16, 16))
+        assert not any(isinstance(module, nn.BatchNorm2d) for module in stages.modules())
+        assert any(isinstance(module, nn.BatchNorm2d) for module in staged.modules())
+
+
+def test_a_prepared_stage_keeps_its_parameters_where_the_engine_runs_in_torch(prepared):
+    assert isinstance(prepared("inductor", "conv").stages[0], PreparedStage)
+    assert list(prepared("inductor", "conv").parameters())
