@@ -15,6 +15,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,9 +24,10 @@ from torch import Tensor
 from dgate_rt import compile
 from dgate_rt.bench.peers import EarlyonBatched, MaskedLoop
 from dgate_rt.bench.workload import NO_EXIT, PAPER_MIXES, Mix, Workload, resnet101_workload
+from dgate_rt.engines import EngineStages
 from dgate_rt.executors import Predictions
 from dgate_rt.program import GateProgram
-from dgate_rt.staged import StagedModel
+from dgate_rt.runtime import Runtime
 from dgate_rt.timing import Timing, interleaved
 
 BATCH_SIZES = (1, 8, 32, 64, 128)
@@ -56,15 +58,19 @@ def run(
     repeats: int = 5,
     images: int = 64,
     on_round: Callable[[], object] | None = None,
+    engine: str = "eager",
+    dtype: str | None = None,
 ) -> Iterator[Row]:
     """Measure and yield rows, dense first, batch size after batch size; each round runs at least ``images`` images.
+
+    Dense and gated run on ``engine`` in ``dtype``. The peers run on eager in float32, and are left out beside another.
 
     Raises:
         RuntimeError: before any timing, if gated answers differ from dense execution with post-hoc gating.
     """
     workload = resnet101_workload(max(images, *batch_sizes))
     for batch_size in batch_sizes:
-        yield from _rows(workload.first(max(images, batch_size)), batch_size, mixes, repeats, on_round)
+        yield from _rows(workload.first(max(images, batch_size)), batch_size, mixes, repeats, on_round, engine, dtype)
 
 
 def _rows(
@@ -73,22 +79,30 @@ def _rows(
     mixes: Sequence[Mix],
     repeats: int,
     on_round: Callable[[], object] | None,
+    engine: str,
+    dtype: str | None,
 ) -> Iterator[Row]:
     batches, count = workload.images.split(batch_size), len(workload.images)
-    dense = compile(workload.program, batch_size=batch_size, executor="dense")
+    beside_peers = engine == "eager" and dtype is None
+    options: Any = {"batch_size": batch_size, "engine": engine, "dtype": dtype}
+    dense = compile(workload.program, executor="dense", **options)
+    gated = compile(workload.program, executor="eager", **options)
+    workload = workload if beside_peers else workload.on(gated.stages)
     engines: list[tuple[Mix, str, str | None, Callable[[Tensor], object]]] = [((), "dense", "dense", dense)]
     thresholds = {mix: workload.thresholds(mix) for mix in mixes}
     for mix in mixes:
         program = workload.at(thresholds[mix])
-        gated = compile(program, batch_size=batch_size, executor="eager")
-        refuse_wrong_answers(workload, program, gated, batches)
-        engines.append((mix, "dgate_rt", gated.executor, gated))
-        masked = MaskedLoop(program)
-        refuse_wrong_answers(workload, program, masked, batches)
-        engines.append((mix, MaskedLoop.name, None, masked))
-    engines.append((mixes[0], EarlyonBatched.name, None, EarlyonBatched(workload, mixes[0])))
+        at = _At(gated, program.thresholds)
+        refuse_wrong_answers(workload, program, at, batches)
+        engines.append((mix, "dgate_rt", gated.executor, at))
+        if beside_peers:
+            masked = MaskedLoop(program)
+            refuse_wrong_answers(workload, program, masked, batches)
+            engines.append((mix, MaskedLoop.name, None, masked))
+    if beside_peers:
+        engines.append((mixes[0], EarlyonBatched.name, None, EarlyonBatched(workload, mixes[0])))
 
-    clock = _StageClock(masked.staged, batches)
+    clock = _StageClock(dense.stages, batches)
     jobs = [_over(batches, engine) for *_, engine in engines]
     timings = interleaved([*jobs, clock], repeats, on_round)
     stage_share, costs = clock.shares(), workload.program.costs
@@ -126,12 +140,25 @@ def refuse_wrong_answers(
         raise RuntimeError(f"will not time wrong answers: {int(wrong.sum())} of {len(wrong)} samples differ")
 
 
+class _At:
+    """One runtime at other thresholds; to prepare a network on an engine for every mix would be dear."""
+
+    def __init__(self, runtime: Runtime, thresholds: Sequence[float]) -> None:
+        self.runtime, self.thresholds = runtime, thresholds
+
+    def __call__(self, x: Tensor) -> Predictions:
+        if self.runtime.thresholds != self.thresholds:
+            self.runtime.set_thresholds(self.thresholds)
+        return self.runtime(x)
+
+
 class _StageClock:
     """A dense pass that notes the time of each stage, round after round."""
 
-    def __init__(self, staged: StagedModel, batches: Sequence[Tensor]) -> None:
+    def __init__(self, staged: EngineStages, batches: Sequence[Tensor]) -> None:
         self.staged = staged
-        self.batches = [batch.contiguous(memory_format=torch.channels_last) for batch in batches]
+        casts = (batch.to(staged.input_dtype) for batch in batches)
+        self.batches = [batch.contiguous(memory_format=torch.channels_last) for batch in casts]
         self.rounds: list[np.ndarray] = []
 
     @torch.inference_mode()

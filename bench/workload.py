@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from dgate_rt import Gate, GateProgram, StagedModel, split
 from dgate_rt.backbones import build
 from dgate_rt.cost import Costs, measure_costs
+from dgate_rt.engines import EngineStages
 from dgate_rt.executors import Predictions
 from dgate_rt.frontier import Frontier, OperatingPoint
 from dgate_rt.gate import leaves, margin_and_label, pooled_width
@@ -72,6 +73,12 @@ class Workload:
         exits = self.expected(thresholds).exits
         return tuple((exits.bincount(minlength=len(thresholds) + 1) / len(exits)).tolist())
 
+    def on(self, stages: EngineStages) -> Workload:
+        """The same work with the margins that a prepared network gives: thresholds between those fit its rounding."""
+        images = self.images.to(stages.input_dtype)
+        margins, labels = _scores(stages, nn.ModuleList(self.program.gates), images)
+        return replace(self, margins=margins, labels=labels)
+
     def first(self, count: int) -> Workload:
         """The same work on the first ``count`` images only."""
         kept = {"images": self.images[:count], "margins": self.margins[:, :count], "labels": self.labels[:, :count]}
@@ -121,7 +128,8 @@ def _scores(staged: StagedModel, gates: nn.ModuleList, images: Tensor) -> tuple[
     for chunk in images.split(16):
         found = []
         for g, boundary in enumerate(staged.boundaries(chunk)):  # one by one: the next stage may work in place
-            scored = gates[g].score(staged.gate_features(g, boundary)) if g < len(gates) else margin_and_label(boundary)
+            features = staged.gate_features(g, boundary) if g < len(gates) else boundary
+            scored = gates[g].score(features) if g < len(gates) else margin_and_label(features.float())
             found.append(scored)
         margins.append(torch.stack([margin for margin, _ in found]))
         labels.append(torch.stack([label for _, label in found]))

@@ -55,7 +55,7 @@ def compile(
     chunks: Sequence[int] | Literal["auto"] = "auto",
     remeasure: bool = False,
     engine: str | StageEngine = "eager",
-    dtype: Literal["float32", "bfloat16"] | torch.dtype | None = None,
+    dtype: str | torch.dtype | None = None,
 ) -> Runtime:
     """Make a program ready to run.
 
@@ -76,8 +76,8 @@ def compile(
         engine: what the stages run on: ``"eager"``, ``"inductor"``, ``"openvino"``, ``"onnxruntime"``, a function
             (`dgate_rt.engines.StageEngine`), or ``"auto"``, which measures those that are installed and takes the
             fastest. ``"lag"`` and ``"graph"`` run on eager only.
-        dtype: of the stages' weights and of what passes between them; None leaves them as they are. Batches keep the
-            dtype of the program, and gates score in float32.
+        dtype: ``"float32"`` or ``"bfloat16"``, for the stages' weights and what passes between them; None leaves them
+            as they are. Batches keep the dtype of the program, and gates score in float32.
         early_answers: prepare for `Runtime.submit`, which shows answers as soon as the gate that gave them has run; for
             ``"eager"`` on the CPU, and ``"graph"``.
         chunks: for ``"refill"``, how many samples each stage runs on at a time. By default those that should cost least
@@ -184,7 +184,7 @@ class Runtime:
         self._model = model
         self._executor = executor
         self._setup = setup
-        self._stages = stages
+        self.stages = stages
         self._thresholds = tuple(program.thresholds)
 
     @property
@@ -352,7 +352,7 @@ class Runtime:
             state = "not run by this executor" if self.executor == "dense" else state
             lines.append(f"gate {g} after {cut}: {state}{shares[g]}")
         lines.append(f"exit {len(self._thresholds)}, the network's own classifier{shares[-1]}")
-        return "\n".join([*lines, *self._executor.describe(), *self._stages.describe()])
+        return "\n".join([*lines, *self._executor.describe(), *self.stages.describe()])
 
     def _empty(self, count: int) -> Predictions:
         with torch.inference_mode(False):  # ordinary tensors, which the caller may change

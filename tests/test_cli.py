@@ -213,8 +213,10 @@ def test_run_moves_on_the_frontier(made, digits, tmp_path):
 
 def test_run_dense(made, digits, tmp_path):
     np.save(tmp_path / "x.npy", digits.numpy())
-    printed = dgate("run", made.program, made.net, tmp_path / "x.npy", "--executor", "dense").stdout
-    assert {e for _, e in answers(printed)} == {2}
+    options = ("--executor", "dense", "--engine", "eager", "--dtype", "float32")
+    result = dgate("run", made.program, made.net, tmp_path / "x.npy", *options)
+    assert {e for _, e in answers(result.stdout)} == {2}
+    assert "executor dense, engine eager" in result.stderr
 
 
 def test_report_is_one_page(made, tmp_path):
@@ -255,6 +257,8 @@ BAD_INPUT = {
     "npy with a pickle": (f"{RUN} {{bad}}/pickle.npy", "pickle.npy"),
     "truncated npy": (f"{RUN} {{bad}}/cut.npy", "cut.npy"),
     "unknown executor": (f"{RUN} {{bad}}/good.npy --executor magic", "'magic'"),
+    "unknown engine": (f"{RUN} {{bad}}/good.npy --engine magic", "'magic'"),
+    "unknown dtype": (f"{RUN} {{bad}}/good.npy --dtype int8", "'int8'"),
     "unknown device": (f"{RUN} {{bad}}/good.npy --device abacus", "'abacus'"),
     "drop of gates that are off": ("run {gates} {net} {bad}/good.npy --max-drop 0.1", "dgate calibrate"),
     "output in no folder": (f"{RUN} {{bad}}/good.npy -o {{bad}}/none/answers.csv", "/none/answers.csv"),
@@ -342,8 +346,8 @@ def measured(monkeypatch) -> dict[str, object]:
 
     asked: dict[str, object] = {"memory": []}
 
-    def run(batch_sizes, mixes, repeats, images, on_round):
-        asked.update(batch_sizes=batch_sizes, mixes=mixes, repeats=repeats)
+    def run(batch_sizes, mixes, repeats, images, on_round, engine, dtype):
+        asked.update(batch_sizes=batch_sizes, mixes=mixes, repeats=repeats, engine=engine, dtype=dtype)
         on_round()
         mix, ms = mixes[0], Timing(2.0, 1.5, 2.5)
         yield exit_mixes.Row(batch_sizes[0], exit_mixes.NO_EXIT, "dense", "dense", 5.02, ms, 1.0, None, None)
@@ -372,4 +376,11 @@ def test_bench_writes_what_it_measured(measured, tmp_path):
 def test_quick_bench_does_little(measured):
     result = json.loads(dgate("bench", "--quick", "--json").stdout)
     assert (measured["batch_sizes"], measured["repeats"], len(measured["mixes"])) == ((1, 32), 3, 2)
+    assert (measured["engine"], measured["dtype"], result["engine"]) == ("eager", None, "eager")
     assert result["memory"] == []
+
+
+def test_bench_may_run_on_another_engine(measured):
+    shown = dgate("bench", "--quick", "--engine", "openvino", "--dtype", "bfloat16").stdout
+    assert (measured["engine"], measured["dtype"]) == ("openvino", "bfloat16")
+    assert "CIFAR ResNet-101 on openvino, bfloat16" in shown

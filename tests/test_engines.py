@@ -470,3 +470,10 @@ class TestFolding:
 def test_a_prepared_stage_keeps_its_parameters_where_the_engine_runs_in_torch(prepared):
     assert isinstance(prepared("inductor", "conv").stages[0], PreparedStage)
     assert list(prepared("inductor", "conv").parameters())
+
+
+@pytest.mark.parametrize("engine", [needs("openvino"), needs("onnxruntime")])
+def test_one_sample_at_a_time(images, engine):
+    stages = prepare(network("residual"), engine, sizes=[1], sample_shape=(3, 16, 16), channels_last=True)
+    with torch.inference_mode():
+        torch.testing.assert_close(stages(images[:2]), network("residual")(images[:2]), rtol=1e-4, atol=1e-4)

@@ -12,7 +12,7 @@ import typer
 
 from dgate_rt.cli.app import app, examples
 from dgate_rt.cli.console import emit_json, finite, out, print_table, say, table, whole_file
-from dgate_rt.cli.options import Json
+from dgate_rt.cli.options import Dtype, Engine, Json
 
 if TYPE_CHECKING:
     from dgate_rt.bench.exit_mixes import Row
@@ -40,13 +40,16 @@ def bench(
             "--memory/--no-memory", help="Peak memory of dense and gated execution (Linux); not with --quick."
         ),
     ] = None,
+    engine: Engine = "eager",
+    dtype: Dtype = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write everything to this JSON file.")] = None,
     json_: Json = False,
 ) -> None:
     """Time gated against dense execution of ResNet-101 at the exit mixes of the paper's Table 1.
 
     In the same process and in turn: the dense network, dgate_rt, a masked loop as one would write it, and earlyon.
-    Before anything is timed the answers are compared.
+    Before anything is timed the answers are compared. On another engine, or in another dtype, dense and dgate_rt alone
+    are run, both on it.
     """
     from dgate_rt.bench import exit_mixes, workload
     from dgate_rt.progress import track
@@ -57,15 +60,16 @@ def bench(
     rounds = repeats or (_QUICK_REPEATS if quick else _REPEATS)
     ticks = track(range(len(sizes) * (rounds + 1)), "rounds")
     next(ticks, None)
-    rows = list(
-        exit_mixes.run(sizes, mixes, rounds, _QUICK_IMAGES if quick else _IMAGES, on_round=lambda: next(ticks, None))
-    )
+    images = _QUICK_IMAGES if quick else _IMAGES
+    rows = list(exit_mixes.run(sizes, mixes, rounds, images, lambda: next(ticks, None), engine, dtype))
     peaks = _peaks(sizes) if memory or (memory is None and not quick and sys.platform == "linux") else {}
     machine = machine_header()
     result = {
         "command": ["dgate", *sys.argv[1:]],
         "commit": commit(),
         "machine": machine,
+        "engine": engine,
+        "dtype": dtype,
         "rows": [row.as_json() for row in rows],
         "memory": [
             {"batch_size": size, "executor": name, "idle_mib": peak.idle, "peak_mib": peak.peak}
@@ -80,13 +84,14 @@ def bench(
         emit_json(result)
         return
     out.print(" · ".join(f"{key.replace('_', ' ')} {value}" for key, value in machine.items() if value))
-    print_table(_bench_table(rows), "CIFAR ResNet-101; times are medians [p20–p80]; exit mix: gate 1, 2, 3, end")
+    what = f"CIFAR ResNet-101 on {engine}, {dtype or 'float32'}"
+    print_table(_bench_table(rows), f"{what}; times are medians [p20–p80]; exit mix: gate 1, 2, 3, end")
     if peaks:
         print_table(_memory_table(sizes, peaks), "Resident memory of a process")
 
 
 def _bench_table(rows: Iterable[Row]) -> Any:
-    columns = ("engine", "B", "exit mix", "GFLOPs", "ms a sample", "speed-up", "realisation", "of time")
+    columns = ("runtime", "B", "exit mix", "GFLOPs", "ms a sample", "speed-up", "realisation", "of time")
     lines = [
         (
             f"{row.engine} ({row.executor})" if row.engine == "dgate_rt" else row.engine,

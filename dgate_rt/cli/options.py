@@ -20,6 +20,15 @@ Root = Annotated[Path | None, typer.Option("--root", help="Where the data is; ci
 Download = Annotated[bool, typer.Option("--download", help="Fetch CIFAR into the root where it is missing.")]
 BatchSize = Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Samples a batch.")]
 Device = Annotated[str, typer.Option("--device", help="cpu, or cuda.")]
+Engine = Annotated[
+    str,
+    typer.Option(
+        "--engine", help="What stages run on: eager, inductor, openvino, onnxruntime; auto takes the fastest."
+    ),
+]
+Dtype = Annotated[
+    str | None, typer.Option("--dtype", help="float32 or bfloat16, to run in; by default that of the network.")
+]
 Workers = Annotated[int, typer.Option("--workers", min=0, help="Processes that load data; 0 loads in this one.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON; progress goes to standard error.")]
 MaxDrop = Annotated[

@@ -42,18 +42,19 @@ class _Tally:
 def measure(
     programs: Mapping[str, GateProgram],
     loader: DataLoader[Any],
-    *,
-    batch_size: int,
-    device: torch.device,
     executor: str,
+    options: Mapping[str, Any],
 ) -> list[TableRow]:
-    """Run dense, then every program, on each batch in turn; accuracy, exits and time are of these runs."""
+    """Run dense, then every program, on each batch in turn; accuracy, exits and time are of these runs.
+
+    ``options`` are those of `compile` that dense and gated runs share.
+    """
     first = next(iter(programs.values()))
-    tallies = [_Tally(compile(first, batch_size=batch_size, device=device, executor="dense"))]
-    tallies += [_Tally(compile(p, batch_size=batch_size, device=device, executor=executor)) for p in programs.values()]
+    tallies = [_Tally(compile(first, executor="dense", **options))]
+    tallies += [_Tally(compile(program, executor=executor, **options)) for program in programs.values()]
     example: Tensor | None = None
     for x, y in track(loader, "dense and gated on the test split"):
-        batch = x.to(device)
+        batch = x.to(tallies[0].runtime.device)
         if example is None:
             example = batch
             for tally in tallies:

@@ -22,6 +22,8 @@ from dgate_rt.cli.options import (
     DataName,
     Device,
     Download,
+    Dtype,
+    Engine,
     Json,
     MaxDrop,
     NetworkFile,
@@ -60,6 +62,8 @@ def run(
     executor: Annotated[
         str, typer.Option("--executor", help="auto, refill, eager, dense; lag, graph on a GPU.")
     ] = "auto",
+    engine: Engine = "eager",
+    dtype: Dtype = None,
     batch_size: BatchSize = 256,
     device: Device = "cpu",
     json_: Json = False,
@@ -77,7 +81,7 @@ def run(
     net, torch_device = open_network(network), device_of(device)
     chosen = _at(open_program(program, net), max_drop, program)
     source = open_images(images, chosen.input_shape, net.meta.stats, net.zoom)
-    runtime = compile(chosen, batch_size=batch_size, device=torch_device, executor=executor)
+    runtime = compile(chosen, batch_size=batch_size, device=torch_device, executor=executor, engine=engine, dtype=dtype)
     key, classes = "file" if isinstance(source, ImageFolder) else "index", net.meta.classes
     as_json = json_ or (output is not None and output.suffix.lower() == ".json")
     exits: Counter[int] = Counter()
@@ -95,7 +99,7 @@ def run(
         say(f"skipped {problem}")
     total = sum(exits.values())
     shares = " / ".join(f"{exits[e] / max(total, 1):.1%}" for e in range(len(chosen.thresholds) + 1))
-    say(f"{total} images, executor {runtime.executor}; left at each exit: {shares}")
+    say(f"{total} images, executor {runtime.executor}, engine {runtime.engine}; left at each exit: {shares}")
     if output is not None:
         say(f"wrote {output}")
     if unreadable:
@@ -160,6 +164,8 @@ def report(
     executor: Annotated[
         str, typer.Option("--executor", help="auto, refill, eager, dense; lag, graph on a GPU.")
     ] = "auto",
+    engine: Engine = "eager",
+    dtype: Dtype = None,
     batch_size: BatchSize = 256,
     root: Root = None,
     download: Download = False,
@@ -182,10 +188,12 @@ def report(
         programs = {"calibrated": found}
     bundle = open_data(net, data, root, download)
     loader = bundle.loader("test", batch_size, workers=workers)
-    rows = measure(programs, loader, batch_size=batch_size, device=torch_device, executor=executor)
+    options = {"batch_size": batch_size, "device": torch_device, "engine": engine, "dtype": dtype}
+    rows = measure(programs, loader, executor, options)
     trace, _ = collect_trace(found.staged, found.gates, loader, device=torch_device)
     shown = pictures(bundle, loader)
-    notes = [f"{net.meta.name}, width {net.meta.width:g}; test split of {bundle.name}; batch size {batch_size}."]
+    how = f"batch size {batch_size}, engine {engine}"
+    notes = [f"{net.meta.name}, width {net.meta.width:g}; test split of {bundle.name}; {how}."]
     if shown is None:
         notes.append("The test split is too large to show examples of.")
     graph, missing = simulated_graph(next(iter(programs.values())), batch_size)

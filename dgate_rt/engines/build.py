@@ -97,10 +97,10 @@ def _prepared(
     stage: nn.Module, engine: StageEngine, given: tuple[Tensor, ...], sizes: tuple[int, ...]
 ) -> tuple[nn.Module, Boundary]:
     """A stage on an engine, and what it makes of a boundary."""
-    run = engine(stage, tuple(t.clone() for t in given), sizes)  # it may work in place on what it is given
+    run = engine(stage, tuple(t.clone() for t in given), sizes)  # a stage may work in place on what it is given
     prepared = PreparedStage(run, given, () if getattr(engine, "any_size", False) else sizes)
     with torch.inference_mode():
-        return prepared, prepared(*given)
+        return prepared, prepared(*(t.clone() for t in given))
 
 
 def _place(staged: StagedModel, index: int) -> str:

@@ -58,7 +58,7 @@ def export(stage: nn.Module, example: tuple[Tensor, ...], widen: bool = False) -
         ExecutorError: if the stage fixes its batch size.
         Exception: whatever else `torch.export.export` raises.
     """
-    from torch._dynamo.exc import UserError  # takes a second to import
+    from torch._dynamo.exc import UserError, UserErrorType  # takes a second to import
 
     with torch.inference_mode(False), torch.no_grad():
         given = tuple(torch.cat([t, t]) if len(t) == 1 else t.clone() for t in example)  # a size of 1 would be fixed
@@ -75,6 +75,8 @@ def export(stage: nn.Module, example: tuple[Tensor, ...], widen: bool = False) -
         try:
             program = torch.export.export(between, arguments, dynamic_shapes=(free,))
         except UserError as error:
+            if error.error_type is not UserErrorType.CONSTRAINT_VIOLATION:
+                raise
             raise ExecutorError(f"its batch size is fixed, by len(x) say in place of x.shape[0]: {error}") from error
     return Exported(program, inputs, dtypes, outputs, single)
 

@@ -57,7 +57,7 @@ class GatedModel:
     def __init__(self, staged: StagedModel, gates: Sequence[Gate], thresholds: tuple[float, ...]) -> None:
         self.staged = staged
         self.gates = tuple(gates)
-        self.thresholds = torch.empty(len(gates), dtype=torch.float32, device=_device_of(staged))
+        self.thresholds = torch.empty(len(gates), dtype=torch.float32, device=_device_of(*gates, staged))
         self.version = 0
         """How often the operating point was moved."""
         self.set_thresholds(thresholds)
@@ -181,5 +181,5 @@ def _is_dense(row: Tensor) -> bool:
     return True
 
 
-def _device_of(module: nn.Module) -> torch.device:
-    return next((p.device for p in module.parameters()), torch.device("cpu"))
+def _device_of(*modules: nn.Module) -> torch.device:
+    return next((p.device for module in modules for p in module.parameters()), torch.device("cpu"))
