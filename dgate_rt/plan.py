@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
+LIKELY_SIZES = 6
 
 
 @dataclass(frozen=True)
@@ -106,3 +107,22 @@ def binomial_arrivals(batch_size: int, share: float) -> Floats:  # [B + 1]
     factorials = np.array([math.lgamma(n + 1) for n in counts])
     log_choose = factorials[-1] - factorials - factorials[::-1]
     return np.exp(log_choose + counts * math.log(share) + counts[::-1] * math.log1p(-share))
+
+
+def likely_sizes(
+    batch_size: int,
+    shares: Sequence[float],  # [G + 1]; of the samples that leave at each exit
+    buckets: int = LIKELY_SIZES,
+) -> list[tuple[int, ...]]:
+    """For each stage the sizes to prepare where thresholds may move: ascending, the batch size among them.
+
+    The samples that arrive are those of the given shares, but in one batch of ten any number, so that other thresholds
+    and smaller batches do not meet the full size alone.
+    """
+    cost = np.arange(batch_size + 1.0)
+    anything = np.full(batch_size + 1, 1 / (batch_size + 1))
+    chosen = []
+    for stage in range(len(shares)):
+        expected = binomial_arrivals(batch_size, min(1.0, max(0.0, 1 - sum(shares[:stage]))))
+        chosen.append(choose_buckets(0.9 * expected + 0.1 * anything, cost, buckets).sizes)
+    return chosen

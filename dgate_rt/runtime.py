@@ -27,6 +27,7 @@ from dgate_rt.executors import (
     Ticket,
     prefers_channels_last,
 )
+from dgate_rt.plan import likely_sizes
 from dgate_rt.program import GateProgram, check_thresholds
 
 MOST_ROWS_ON_CUDA = 65_536
@@ -72,7 +73,8 @@ def compile(
             network convolves images, where it is about twice as fast; otherwise the layout stays as it is.
         buckets: for ``"lag"`` and ``"graph"``, the batch sizes that stages behind a gate are prepared for, beside
             ``batch_size``; by default the six that should cost least (`dgate_rt.plan`), a stage by itself. For engines
-            that prepare a stage for each batch size, those sizes; by default the powers of four.
+            that prepare a stage for each batch size, those sizes; by default six a stage that suit the program's exit
+            shares, and leave some room for others.
         engine: what the stages run on: ``"eager"``, ``"inductor"``, ``"openvino"``, ``"onnxruntime"``, a function
             (`dgate_rt.engines.StageEngine`), or ``"auto"``, which measures those that are installed and takes the
             fastest. ``"lag"`` and ``"graph"`` run on eager only.
@@ -128,7 +130,7 @@ def compile(
     staged = prepare(
         program.staged,
         engine,
-        sizes=_sizes(batch_size, buckets),
+        sizes=_sizes(batch_size, buckets, program.point.shares),
         sample_shape=program.input_shape,
         input_dtype=program.input_dtype,
         dtype=dtype,
@@ -155,11 +157,13 @@ def compile(
     return Runtime(program, model, EXECUTORS[executor](model, setup), reason, setup, staged)
 
 
-def _sizes(batch_size: int, buckets: Sequence[int] | Literal["auto"]) -> list[int]:
-    """The batch sizes to prepare stages for, where an engine has to know them."""
+def _sizes(
+    batch_size: int, buckets: Sequence[int] | Literal["auto"], shares: tuple[float, ...]
+) -> list[tuple[int, ...]]:
+    """For each stage the batch sizes to prepare, where an engine has to know them."""
     if buckets == "auto":
-        buckets = [4**power for power in range(batch_size.bit_length())]
-    return [*(size for size in buckets if size < batch_size), batch_size]
+        return likely_sizes(batch_size, shares)
+    return [(*(size for size in buckets if size < batch_size), batch_size)] * len(shares)
 
 
 class Runtime:

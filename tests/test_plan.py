@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dgate_rt.bench.workload import PAPER_MIXES
-from dgate_rt.plan import binomial_arrivals, choose_buckets, pad_to
+from dgate_rt.plan import binomial_arrivals, choose_buckets, likely_sizes, pad_to
 
 
 def cheapest(arrivals: np.ndarray, cost: np.ndarray, buckets: int) -> float:
@@ -111,3 +111,13 @@ def test_six_buckets_waste_at_most_eight_per_cent_at_the_papers_mixes(mix: tuple
 def test_what_cannot_be_planned_is_refused(call: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()  # type: ignore[operator]
+
+
+def test_likely_sizes_suit_the_shares_and_leave_room_for_others():
+    first, second, last = likely_sizes(64, (0.5, 0.25, 0.25))
+    assert first[-1] == second[-1] == last[-1] == 64
+    assert len(first) == len(second) == len(last) == 6
+    assert sum(24 <= size <= 44 for size in second) >= 2
+    assert sum(8 <= size <= 28 for size in last) >= 2
+    assert min(size for size in first if size > 8) < 32
+    assert likely_sizes(1, (1.0,)) == [(1,)]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,9 @@ AGREEMENT = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 """How far logits may lie from eager's, relative to the largest."""
 
 
-def fastest(copied: StagedModel, staged: StagedModel, example: Tensor, sizes: tuple[int, ...]) -> EngineStages:
+def fastest(
+    copied: StagedModel, staged: StagedModel, example: Tensor, sizes: Sequence[tuple[int, ...]]
+) -> EngineStages:
     """The network on the engine that runs it fastest; ``staged`` is the original, by which the choice is remembered.
 
     A stage that the engine cannot run is on eager.
@@ -54,7 +56,7 @@ def measure(copied: StagedModel, example: Tensor) -> tuple[dict[str, float], lis
         if missing or example.device.type not in engine.devices:
             notes += [f"{name} not tried: {' and '.join(missing)} not installed"] if missing else []
             continue
-        made[name] = build(copied, engine(), example, (size,), fall_back=True)
+        made[name] = build(copied, engine(), example, [(size,)] * len(copied.stages), fall_back=True)
         if len(made[name].fallen) == len(made[name].stages):
             notes.append(f"{name} not taken: it runs no stage; {made.pop(name).fallen[0]}")
     jobs: dict[str, Callable[[], Tensor]] = {name: _job(stages, example) for name, stages in made.items()}

@@ -147,8 +147,8 @@ class EngineStages(StagedModel):
 
     def describe(self) -> list[str]:
         """Engine, dtype, sizes, and what preparing took."""
-        prepared = sorted({size for index in range(len(self.stages)) for size in self.sizes(index)})
-        sizes = f"prepared for {', '.join(map(str, prepared))} samples" if prepared else "any number of samples"
+        prepared = [f"stage {index} {self.sizes(index)}" for index in range(len(self.stages)) if self.sizes(index)]
+        sizes = f"prepared for samples: {', '.join(prepared)}" if prepared else "any number of samples"
         dtype = str(self.input_dtype).removeprefix("torch.")
         first = f"engine {self.engine}, input {dtype}, {sizes}"
         fallen = [f"stage {i} runs on eager, {self.engine} cannot run it: {why}" for i, why in self.fallen.items()]

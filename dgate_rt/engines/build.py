@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import time
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +60,7 @@ def build(
     staged: StagedModel,
     engine: StageEngine,
     example: Tensor,  # [N, ...], N the largest size
-    sizes: tuple[int, ...],
+    sizes: Sequence[tuple[int, ...]],  # for each stage, with the same largest
     fall_back: bool = False,
 ) -> EngineStages:
     """Put every stage on an engine; with ``fall_back``, on eager where the engine cannot run it.
@@ -74,18 +75,18 @@ def build(
         return EngineStages(staged, list(staged.stages), name, example.dtype)
     start, before = time.perf_counter(), _resident_bytes()
     boundary: Boundary = example
-    for index, stage in enumerate(staged.stages):
+    for index, (stage, wanted) in enumerate(zip(staged.stages, sizes, strict=True)):
         given = tuple(map(row_dense, as_tuple(boundary)))
         note(f"{name}: stage {index + 1} of {len(staged.stages)}")
         try:
-            prepared, boundary = _prepared(stage, engine, given, sizes)
+            prepared, boundary = _prepared(stage, engine, given, wanted)
         except Exception as error:  # an engine may raise anything
             if not fall_back:
                 raise ExecutorError(
                     f"engine: {name} cannot run stage {index}, {_place(staged, index)}: {_cause(error)}"
                 ) from error
             fallen[index] = _cause(error)
-            prepared, boundary = _prepared(stage, EagerEngine(), given, sizes)
+            prepared, boundary = _prepared(stage, EagerEngine(), given, wanted)
         stages.append(prepared)
     made = EngineStages(staged, stages, name, example.dtype)
     made.fallen = fallen

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ def prepare(
     staged: StagedModel,
     engine: str | StageEngine = "eager",
     *,
-    sizes: Sequence[int],
+    sizes: Sequence[int] | Sequence[Sequence[int]],
     sample_shape: Sequence[int],
     input_dtype: torch.dtype = torch.float32,
     dtype: str | torch.dtype | None = None,
@@ -32,7 +33,8 @@ def prepare(
     Args:
         staged: the network; it is left as it is.
         engine: a name of `ENGINES`, ``"auto"`` for the fastest of them as measured here, or a `StageEngine`.
-        sizes: the batch sizes to prepare. Engines that run at any size only look at the largest.
+        sizes: the batch sizes to prepare, the same for all stages or, stage by stage, such that end with the same.
+            Engines that run at any size only look at the largest.
         sample_shape: of one sample of the network's input.
         input_dtype: of the input where ``dtype`` leaves it as it is, and where it is not floating.
         dtype: ``"float32"`` or ``"bfloat16"`` for weights and input; None leaves both as they are.
@@ -45,7 +47,7 @@ def prepare(
             stage; the message names the stage. Only "auto" falls back, stage by stage, to eager, and says so.
     """
     device = torch.device(device)
-    sizes = check_sizes(sizes)
+    chosen = check_sizes(sizes, len(staged.stages))
     found = check_engine(engine, device)
     wanted = check_dtype(dtype, device)
     with torch.inference_mode(False), torch.no_grad():
@@ -55,21 +57,26 @@ def prepare(
         if wanted is not None:
             copied.to(wanted)
             input_dtype = wanted if input_dtype.is_floating_point else input_dtype
-        example = _example((sizes[-1], *sample_shape), input_dtype, device, channels_last)
+        example = _example((chosen[0][-1], *sample_shape), input_dtype, device, channels_last)
     if found is None:
-        return fastest(copied, staged, example, sizes)
-    return build(copied, found, example, sizes)
+        return fastest(copied, staged, example, chosen)
+    return build(copied, found, example, chosen)
 
 
-def check_sizes(sizes: Sequence[int]) -> tuple[int, ...]:
-    """Sizes without repetition, ascending.
+def check_sizes(sizes: Sequence[int] | Sequence[Sequence[int]], stages: int) -> tuple[tuple[int, ...], ...]:
+    """For each stage its sizes without repetition, ascending.
 
     Raises:
-        ValueError: if there is none, or one is no whole number of at least 1.
+        ValueError: if there is none, one is no whole number of at least 1, there are not as many lists of them as
+            stages, or the largest differ.
     """
-    if not sizes or any(not isinstance(size, int) or size < 1 for size in sizes):
+    nested = [part for part in sizes if isinstance(part, Sequence)]
+    each: list[Sequence[Any]] = [*nested] if nested else [sizes] * stages
+    if any(not part or any(not isinstance(size, int) or size < 1 for size in part) for part in each):
         raise ValueError(f"sizes: expected whole numbers of at least 1, got {sizes!r}")
-    return tuple(sorted(set(sizes)))
+    if len(each) != stages or len({max(part) for part in each}) > 1:
+        raise ValueError(f"sizes: expected them for {stages} stages, with the same largest, got {sizes!r}")
+    return tuple(tuple(sorted(set(part))) for part in each)
 
 
 def _example(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, channels_last: bool) -> Tensor:
