@@ -32,7 +32,7 @@ from dgate_rt.program import GateProgram, check_thresholds
 
 MOST_ROWS_ON_CUDA = 65_536
 """What one launch of the route takes; kMaxRows in csrc/cuda/route_arguments.h."""
-_ON_ANY_ENGINE = ("dense", "eager")
+_ON_ANY_ENGINE = ("dense", "eager", "refill")
 
 
 _CHOICE = {
@@ -74,7 +74,7 @@ def compile(
         buckets: for ``"lag"`` and ``"graph"``, the batch sizes that stages behind a gate are prepared for, beside
             ``batch_size``; by default the six that should cost least (`dgate_rt.plan`), a stage by itself. For engines
             that prepare a stage for each batch size, those sizes; by default six a stage that suit the program's exit
-            shares, and leave some room for others.
+            shares, and leave some room for others, or for ``"refill"`` the powers of four.
         engine: what the stages run on: ``"eager"``, ``"inductor"``, ``"openvino"``, ``"onnxruntime"``, a function
             (`dgate_rt.engines.StageEngine`), or ``"auto"``, which measures those that are installed and takes the
             fastest. ``"lag"`` and ``"graph"`` run on eager only.
@@ -130,7 +130,7 @@ def compile(
     staged = prepare(
         program.staged,
         engine,
-        sizes=_sizes(batch_size, buckets, program.point.shares),
+        sizes=_sizes(executor, batch_size, buckets, program.point.shares),
         sample_shape=program.input_shape,
         input_dtype=program.input_dtype,
         dtype=dtype,
@@ -153,16 +153,20 @@ def compile(
         remeasure=remeasure,
         simulated=simulated,
         early_answers=early_answers,
+        engine=staged.engine,
+        sizes=staged.sizes(0),
     )
     return Runtime(program, model, EXECUTORS[executor](model, setup), reason, setup, staged)
 
 
 def _sizes(
-    batch_size: int, buckets: Sequence[int] | Literal["auto"], shares: tuple[float, ...]
+    executor: str, batch_size: int, buckets: Sequence[int] | Literal["auto"], shares: tuple[float, ...]
 ) -> list[tuple[int, ...]]:
     """For each stage the batch sizes to prepare, where an engine has to know them."""
-    if buckets == "auto":
+    if buckets == "auto" and executor != "refill":  # which makes up any number of a few sizes
         return likely_sizes(batch_size, shares)
+    if buckets == "auto":
+        buckets = [4**power for power in range(batch_size.bit_length())]
     return [(*(size for size in buckets if size < batch_size), batch_size)] * len(shares)
 
 

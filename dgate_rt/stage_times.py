@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
-import platformdirs
 import torch
 from torch import Tensor
 
+from dgate_rt.cache import keep, recall
 from dgate_rt.chunks import StageTimes
 from dgate_rt.executors.base import empty_rows, row_dense
 from dgate_rt.progress import track
@@ -34,15 +31,15 @@ def stage_times(
     dtype: torch.dtype,
     device: torch.device,
     channels_last: bool,
-    batch_size: int,
+    sizes: Sequence[int],  # ascending
     engine: str = "eager",
     remeasure: bool = False,
 ) -> StageTimes:
-    """`measure_stage_times` at `sizes_up_to` the batch size, or what it found when it was last asked the same.
+    """`measure_stage_times`, or what it found when it was last asked the same.
 
-    Kept as JSON in ``platformdirs.user_cache_dir("dgate_rt")``, or where the environment variable ``DGATE_RT_CACHE``
-    says. The same are backbone, shape, dtype, layout, engine, sizes, threads, machine and version of torch. A file that
-    cannot be read is measured again, and what a machine was too busy to measure whole is not kept.
+    Kept in the user's cache directory (`dgate_rt.cache`). The same are backbone, shape, dtype, layout, engine, sizes,
+    threads, machine and version of torch. What cannot be read is measured again, and what a machine was too busy to
+    measure whole is not kept.
 
     Args:
         staged: in eval mode, on ``device``, in the memory format that it will run in.
@@ -50,11 +47,10 @@ def stage_times(
         dtype: of the input.
         device: where to run.
         channels_last: whether images come in that memory format.
-        batch_size: the largest size.
+        sizes: the batch sizes to time.
         engine: what runs a stage.
         remeasure: whether to measure even so, and to keep that.
     """
-    sizes = sizes_up_to(batch_size)
     header = machine_header()
     key = {
         "schema": _SCHEMA,
@@ -64,13 +60,13 @@ def stage_times(
         "sizes": list(sizes),
         "machine": {name: header[name] for name in ("cpu", "torch_threads", "torch")} | {"device": str(device)},
     }
-    path = _cache_directory() / f"stage-times-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.json"
-    known = None if remeasure else _read(path, key)
+    name = f"stage-times-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.json"
+    known = None if remeasure else _recalled(name, key)
     if known is not None:
         return known
     times = measure_stage_times(staged, input_shape, dtype, device, channels_last, sizes)
     if times.complete:
-        _write(path, {"key": key, "times": asdict(times)})
+        keep(name, {"key": key, "times": asdict(times)})
     return times
 
 
@@ -86,7 +82,7 @@ def measure_stage_times(
     dtype: torch.dtype,
     device: torch.device,
     channels_last: bool,
-    sizes: Sequence[int],  # ascending, from 1
+    sizes: Sequence[int],  # ascending
     budget_s: float = 10.0,
 ) -> StageTimes:
     """Time every stage at every size, and the copying of rows at every cut, on noise.
@@ -175,32 +171,16 @@ def _milliseconds(job: Callable[[], object]) -> float:
     return 1e3 * (time.perf_counter() - start)
 
 
-def _cache_directory() -> Path:
-    return Path(os.environ.get("DGATE_RT_CACHE") or platformdirs.user_cache_dir("dgate_rt"))
-
-
-def _read(path: Path, key: dict[str, Any]) -> StageTimes | None:
+def _recalled(name: str, key: dict[str, Any]) -> StageTimes | None:
+    found = recall(name)
     try:
-        found = json.loads(path.read_text())
-        times = found["times"]
         if found["key"] != key:
             return None
-        known = StageTimes(
+        times = found["times"]
+        return StageTimes(
             tuple(map(int, times["sizes"])),
             tuple(tuple(map(float, ms)) for ms in times["ms"]),
             tuple(map(float, times["regroup"])),
         )
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         return None
-    return known
-
-
-def _write(path: Path, found: dict[str, Any]) -> None:
-    """Whole or not at all; where the directory cannot be written, the next compilation measures again."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
-            json.dump(found, file)
-        os.replace(file.name, path)
-    except OSError:
-        return

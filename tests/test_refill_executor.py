@@ -419,3 +419,41 @@ def test_chunks_that_do_not_fit_are_refused(program, chunks):
 def test_it_does_not_run_on_a_simulated_gpu(program):
     with pytest.raises(dg.ExecutorError, match="executor: refill runs on cpu, not on cpu-sim"):
         refilling(program, device="cpu-sim")
+
+
+class Mean:
+    """An engine that takes prepared sizes only, and answers in memory that its next call writes."""
+
+    name = "mean"
+
+    def __call__(self, stage, example, sizes):
+        memory: list[torch.Tensor] = []
+
+        def run(*tensors):
+            assert len(tensors[0]) in sizes
+            made = stage(*(t.clone() for t in tensors))
+            if not memory:
+                memory.append(torch.empty((sizes[-1], *made.shape[1:])))
+            memory[0].fill_(NAN)
+            return memory[0][: len(made)].copy_(made)
+
+        return run
+
+
+@pytest.mark.parametrize("buckets", ["auto", [3, 7]], ids=["auto", "given"])
+@pytest.mark.parametrize("chunks", ["auto", [64, 3, 16, 5], [4, 64, 4, 4]], ids=str)
+@pytest.mark.parametrize("share", [0.0, 0.4], ids=["none", "mixed"])
+def test_it_runs_on_engines_that_write_where_they_wrote_before(tiny_staged, tiny_gates, images, chunks, buckets, share):
+    program = program_with(tiny_staged, tiny_gates, images, share)
+    run = refilling(program, chunks, engine=Mean(), buckets=buckets)
+    for count in (1, 31, 129):
+        check(run, program, images[:count])
+    streamed = list(run.stream(images.split(10)))
+    agrees(dg.Predictions(*(torch.cat([getattr(out, f) for out in streamed]) for f in ("labels", "scores", "exits"))),
+           program.thresholds, program, images)  # fmt: skip
+    assert "engine mean" in run.describe()
+
+
+def test_an_engine_of_prepared_sizes_gets_chunks_among_them(tiny_staged, tiny_gates, images):
+    run = refilling(program_with(tiny_staged, tiny_gates, images, 0.4), engine=Mean(), buckets=[3, 7])
+    assert set(run._executor.plan.chunks) <= {3, 7, 64}

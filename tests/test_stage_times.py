@@ -11,6 +11,7 @@ from captured_checks import program_of_several_tensors
 from torch import nn
 
 from dgate_rt import StagedModel, stage_times
+from dgate_rt.cache import cache_dir as users_cache
 from dgate_rt.chunks import StageTimes, plan_chunks
 
 CPU = torch.device("cpu")
@@ -28,7 +29,8 @@ def staged_of(*widths):
 
 
 def measured(staged, shape=(4,), dtype=torch.float32, batch_size=8, **options):
-    return stage_times.stage_times(staged, shape, dtype, CPU, False, batch_size, **options)
+    sizes = stage_times.sizes_up_to(batch_size)
+    return stage_times.stage_times(staged, shape, dtype, CPU, False, sizes, **options)
 
 
 @pytest.mark.parametrize(
@@ -138,7 +140,7 @@ def test_what_changes_the_times_is_measured_anew(cache, monkeypatch, threads):
     measured(staged, dtype=torch.bfloat16)
     measured(staged, shape=(2, 4))
     measured(staged, engine="another")
-    stage_times.stage_times(staged, (4,), torch.float32, CPU, True, 8)
+    stage_times.stage_times(staged, (4,), torch.float32, CPU, True, stage_times.sizes_up_to(8))
     threads(torch.get_num_threads() + 1)
     measured(staged)
     assert len(calls) == len(list(cache.iterdir())) == 8
@@ -178,4 +180,4 @@ def test_where_nothing_can_be_written_it_is_measured_all_the_same(tmp_path, monk
 
 def test_the_users_own_directory_is_the_default(monkeypatch):
     monkeypatch.delenv("DGATE_RT_CACHE")
-    assert "dgate_rt" in str(stage_times._cache_directory())
+    assert "dgate_rt" in str(users_cache())

@@ -7,16 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from importlib import metadata
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from dgate_rt.cache import cache_dir
+from dgate_rt.cache import keep, recall
 from dgate_rt.engines.base import EngineStages
 from dgate_rt.engines.build import ENGINES, build, missing_packages
 from dgate_rt.staged import StagedModel
@@ -34,11 +31,11 @@ def fastest(
 
     A stage that the engine cannot run is on eager.
     """
-    key = _key(staged, example)
-    ms, notes, how = _remembered(key), list[str](), "measured before"
+    kept = f"engine-{_key(staged, example)}.json"
+    ms, notes, how = _recalled(kept), list[str](), "measured before"
     if ms is None:
         ms, notes = measure(copied, example)
-        _remember(key, ms)
+        keep(kept, ms)
         how = "measured now"
     chosen = min(ms, key=lambda name: ms[name])
     made = build(copied, ENGINES[chosen](), example, sizes, fall_back=True)
@@ -91,7 +88,7 @@ def _key(staged: StagedModel, example: Tensor) -> str:
         machine_header(),
         versions,
     ]
-    return hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
 def _versions(packages: tuple[str, ...]) -> list[str | None]:
@@ -105,26 +102,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _path() -> Path:
-    return cache_dir() / "engines.json"
-
-
-def _read() -> dict[str, Any]:
-    try:
-        kept = json.loads(_path().read_text())
-    except (OSError, ValueError):
-        return {}
-    return kept if isinstance(kept, dict) else {}
-
-
-def _remembered(key: str) -> dict[str, float] | None:
-    ms = _read().get(key)
+def _recalled(name: str) -> dict[str, float] | None:
+    ms = recall(name)
     usable = isinstance(ms, dict) and ms and all(name in ENGINES and isinstance(ms[name], float) for name in ms)
     return ms if usable else None
-
-
-def _remember(key: str, ms: Mapping[str, float]) -> None:
-    path = _path()
-    partial = path.with_name(f"{path.name}.{os.getpid()}")
-    partial.write_text(json.dumps({**_read(), key: dict(ms)}, indent=1))
-    os.replace(partial, path)

@@ -114,6 +114,8 @@ class Setup:
     remeasure: bool = False  # whether stage times that were kept are measured again
     simulated: bool = False  # on the recording driver instead of CUDA's
     early_answers: bool = False  # whether batches are submitted, see `early.Ticket`
+    engine: str = "eager"  # that runs the stages
+    sizes: tuple[int, ...] = ()  # of batches that it is prepared for; none if it runs any
 
     def empty_input(self, device: torch.device) -> Tensor:
         """A batch of zeros."""

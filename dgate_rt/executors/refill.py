@@ -25,7 +25,7 @@ from dgate_rt.executors.base import GatedModel, Predictions, Setup
 from dgate_rt.executors.ledger import Ledger
 from dgate_rt.executors.scheduler import Schedule
 from dgate_rt.gate import leaves, margin_and_label
-from dgate_rt.stage_times import stage_times
+from dgate_rt.stage_times import sizes_up_to, stage_times
 from dgate_rt.staged import as_tuple
 
 
@@ -41,10 +41,10 @@ class RefillExecutor:
         if setup.chunks == "auto":
             self.times = stage_times(
                 model.staged, setup.sample_shape, setup.dtype, model.thresholds.device, setup.channels_last,
-                setup.batch_size, remeasure=setup.remeasure,
+                setup.sizes or sizes_up_to(setup.batch_size), setup.engine, setup.remeasure,
             )  # fmt: skip
             reach = [min(1.0, max(0.0, 1 - sum(setup.shares[:stage]))) for stage in range(len(setup.shares))]
-            self.plan = plan_chunks(self.times, reach, model.active, setup.batch_size)
+            self.plan = plan_chunks(self.times, reach, model.active, setup.batch_size, padded=bool(setup.sizes))
         else:
             self.plan = ChunkPlan(tuple(setup.chunks), ())
         self._free: list[Line] = []
@@ -127,7 +127,7 @@ class RefillExecutor:
     def _renewed(self, line: Line | None) -> Line:
         """The line itself under the thresholds of now, or another where gates were switched."""
         if line is None or line.active != self.model.active:
-            return Line(self.model, self.plan.chunks, self.times)
+            return Line(self.model, self.plan.chunks, self.times, padded=bool(self.setup.sizes))
         line.renew()
         return line
 
@@ -182,7 +182,7 @@ class Line:
         answers: where samples are answered, at their ids.
     """
 
-    def __init__(self, model: GatedModel, chunks: tuple[int, ...], times: StageTimes | None) -> None:
+    def __init__(self, model: GatedModel, chunks: tuple[int, ...], times: StageTimes | None, padded: bool) -> None:
         self._model, self._staged = model, model.staged
         self.active, self.open = model.active, False
         self.answers = self._nowhere = Predictions.empty(0, None, model.thresholds.device)
@@ -190,7 +190,7 @@ class Line:
             self._thresholds = torch.empty_like(model.thresholds)
             self._waiting = torch.zeros((), dtype=torch.int32, device=model.thresholds.device)
         self.steps = steps_of(self.active, chunks)
-        tables = [None if times is None else times.table(step.stages) for step in self.steps]
+        tables = [None if times is None else times.table(step.stages, padded) for step in self.steps]
         cuts = tuple(None if table is None else cut_up(table)[0].tolist() for table in tables)
         self._schedule = Schedule(tuple(step.chunk for step in self.steps), cuts)
         self.arenas = [Arena(capacity) for capacity in self._schedule.capacities]
@@ -232,6 +232,8 @@ class Line:
             return None
         index, count = turn
         step = self.steps[index]
+        if index + 1 < len(self.steps):
+            self.arenas[index + 1].keep()  # what was lent may lie where this step writes
         rows, ids = self.arenas[index].take(count)
         for stage in step.stages:
             rows = as_tuple(self._staged.run_stage(stage, rows))
