@@ -39,20 +39,8 @@ import torch
 from dgate_rt.bench import gates
 from dgate_rt.bench.acceptance_rows import Row, table, verdicts
 from dgate_rt.bench.acceptance_switch import switch_us
-from dgate_rt.bench.acceptance_work import (
-    CUDA_ONLY,
-    DENSE,
-    GATED,
-    NETWORKS,
-    TINY,
-    Case,
-    Engine,
-    Network,
-    Work,
-    make_case,
-    measure,
-    prepare,
-)
+from dgate_rt.bench.acceptance_work import CUDA_ONLY, DENSE, GATED, Engine, prepare
+from dgate_rt.bench.cases import RESNET_50, RESNET_101, TINY, Case, Network, Work, make_case, measure
 from dgate_rt.bench.workload import NO_EXIT, PAPER_MIXES, Mix
 from dgate_rt.cli.doctor import driver_cuda_version
 from dgate_rt.errors import ExecutorError
@@ -67,7 +55,7 @@ MOST_MAY_FLIP = 0.5  # of the samples; where more lie on a threshold, answers pr
 class Size:
     """How much is measured."""
 
-    networks: tuple[Network, ...] = NETWORKS
+    networks: tuple[Network, ...] = (RESNET_101, RESNET_50)
     batch_sizes: tuple[int, ...] = (1, 8, 32, 128, 256, 512, 1024)
     mixes: tuple[Mix, ...] = (*PAPER_MIXES, NO_EXIT)
     least_images: int = 64
@@ -91,7 +79,7 @@ def measure_rows(size: Size, simulated: bool, done: Sequence[Row] = ()) -> Itera
     for network in size.networks:
         missing = {b: [m for m in size.mixes if (network.name, b, m) not in kept] for b in size.batch_sizes}
         if any(missing.values()):
-            case = make_case(network, "cpu" if simulated else "cuda")
+            case = make_case(network, "cpu" if simulated else "cuda", torch.bfloat16)
             for batch_size, mixes in missing.items():
                 if mixes:
                     yield from _batch_size_rows(case, batch_size, mixes, size, simulated)

@@ -1,8 +1,8 @@
-"""Peak memory of dense and gated execution, each in a process of its own (Linux).
+"""Peak memory and cost by batch size, each way in a process of its own (Linux).
 
-    python -m dgate_rt.bench.memory dense|eager BATCH_SIZE
+    python -m dgate_rt.bench.memory WAY BATCH_SIZE DTYPE
 
-prints one JSON object: resident MiB before the first batch, and the peak while batches run.
+prints one JSON object: resident MiB before the first batch, the peak while batches run, and milliseconds a sample.
 """
 
 from __future__ import annotations
@@ -10,23 +10,22 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
-from dgate_rt import compile
-from dgate_rt.bench.workload import PAPER_MIXES, resnet101_workload
+import torch
+
+from dgate_rt.bench.cases import RESNET_101, make_case
+from dgate_rt.bench.record import Row
+from dgate_rt.bench.ways import CHUNKED, DENSE, Ways, whole
+from dgate_rt.bench.workload import PAPER_MIXES
+from dgate_rt.timing import Timing, interleaved
+
+MIX = PAPER_MIXES[1]
+WAYS = (DENSE, CHUNKED, "eager", "refill")
 
 
-@dataclass(frozen=True)
-class Peak:
-    """Resident memory of one process, MiB."""
-
-    idle: float
-    peak: float
-
-
-def measure(executor: str, batch_size: int) -> Peak:
-    """Peak memory of an executor at the second exit mix of the paper, measured in a child process.
+def measure_memory(way: str, batch_size: int, dtype: str) -> Row:
+    """One way at one batch size, eager engine, in a child process.
 
     Raises:
         OSError: where the system has no ``/proc/self/status``.
@@ -34,9 +33,12 @@ def measure(executor: str, batch_size: int) -> Peak:
     """
     if not Path("/proc/self/status").exists():
         raise OSError("memory: expected Linux, whose /proc/self/status tells a process's peak memory")
-    command = [sys.executable, "-m", "dgate_rt.bench.memory", executor, str(batch_size)]
-    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-    return Peak(**json.loads(output))
+    command = [sys.executable, "-m", "dgate_rt.bench.memory", way, str(batch_size), dtype]
+    found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+    ms = Timing.of(found.pop("ms"))
+    return Row(
+        "memory", RESNET_101.name, "eager", dtype, way, batch_size, MIX if way in WAYS[2:] else (), ms, {}, found
+    )
 
 
 def _status_mib(field: str) -> float:
@@ -44,17 +46,19 @@ def _status_mib(field: str) -> float:
     return int(line.split()[1]) / 1024
 
 
-def _child(executor: str, batch_size: int) -> None:
-    workload = resnet101_workload(batch_size)
-    program = workload.at(workload.thresholds(PAPER_MIXES[1]))
-    run, images = compile(program, batch_size=batch_size, executor=executor), workload.images
-    run(images[:1])
+def _child(way: str, batch_size: int, dtype: str) -> None:
+    ways = Ways(make_case(RESNET_101, "cpu", torch.float32), "eager", dtype, batch_size, batch_size)
+    program = {DENSE: whole(ways.case), CHUNKED: ways.case.program}.get(way) or ways.work.program(MIX)
+    run = ways.compile(program, {DENSE: "dense", CHUNKED: "refill"}.get(way, way))
+    (x,) = ways.work.batches
+    run(x[:1])
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
     idle = _status_mib("VmRSS:")
-    for _ in range(3):
-        run(images)
-    print(json.dumps({"idle": idle, "peak": _status_mib("VmHWM:")}))
+    (timing,) = interleaved([lambda: run(x)], repeats=2)
+    peak = _status_mib("VmHWM:")
+    found = {"idle MiB": idle, "peak MiB": peak, "above idle MiB": peak - idle, "ms": timing.per(batch_size).rounds}
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":
-    _child(sys.argv[1], int(sys.argv[2]))
+    _child(sys.argv[1], int(sys.argv[2]), sys.argv[3])

@@ -35,12 +35,27 @@ class MaskedLoop:
             mask = margin >= self.thresholds[g]
             gone = ids[mask]
             out.labels[gone], out.scores[gone], out.exits[gone] = label[mask], margin[mask], g
-            x, ids = x[~mask], ids[~mask]
+            x, ids = self._survivors(x, ids, ~mask)
             if len(ids) == 0:
                 return out
         margin, label = self.staged.run_stage(len(self.gates), x).max(1)
         out.labels[ids], out.scores[ids], out.exits[ids] = label, margin, len(self.gates)
         return out
+
+    @staticmethod
+    def _survivors(x: Tensor, ids: Tensor, stay: Tensor) -> tuple[Tensor, Tensor]:
+        return x[stay], ids[stay]
+
+
+class NonzeroLoop(MaskedLoop):
+    """The same with ``torch.nonzero_static``, whose size is the number of survivors, and ``index_select``."""
+
+    name = "nonzero_static loop"
+
+    @staticmethod
+    def _survivors(x: Tensor, ids: Tensor, stay: Tensor) -> tuple[Tensor, Tensor]:
+        rows = torch.nonzero_static(stay, size=int(stay.sum()))[:, 0]
+        return x.index_select(0, rows), ids.index_select(0, rows)
 
 
 class EarlyonBatched:

@@ -1,7 +1,6 @@
-"""The work that is timed: CIFAR ResNet-101 with gates whose thresholds give a wanted exit mix.
+"""Exit mixes, and the thresholds that give them on images whose margins are known.
 
-Weights are random (speed does not depend on them), but batch statistics are settled first so that activations are
-sane. The exit mixes are those whose average costs are the four rows of the paper's Table 1.
+The mixes are those whose average costs are the four rows of the paper's Table 1.
 """
 
 from __future__ import annotations
@@ -9,17 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dgate_rt import Gate, GateProgram, StagedModel, split
-from dgate_rt.backbones import build
-from dgate_rt.cost import Costs, measure_costs
-from dgate_rt.engines import EngineStages
+from dgate_rt import GateProgram
 from dgate_rt.executors import Predictions
-from dgate_rt.frontier import Frontier, OperatingPoint
-from dgate_rt.gate import leaves, margin_and_label, pooled_width
+from dgate_rt.gate import leaves
 
 Mix = tuple[float, ...]
 
@@ -50,7 +44,8 @@ class Workload:
         thresholds = []
         for g, share in enumerate(mix[:-1]):
             leaving = round(sum(mix[: g + 1]) * count) - round(sum(mix[:g]) * count)
-            ordered = self.margins[g][alive].sort(descending=True).values
+            reached = alive if alive.any() else torch.ones_like(alive)
+            ordered = self.margins[g][reached].sort(descending=True).values
             if leaving == 0 and share == 0:
                 thresholds.append(float(ordered[0]) + 1.0)  # on, and nobody leaves: the gate's cost is paid
                 continue
@@ -73,12 +68,6 @@ class Workload:
         exits = self.expected(thresholds).exits
         return tuple((exits.bincount(minlength=len(thresholds) + 1) / len(exits)).tolist())
 
-    def on(self, stages: EngineStages) -> Workload:
-        """The same work with the margins that a prepared network gives: thresholds between those fit its rounding."""
-        images = self.images.to(stages.input_dtype)
-        margins, labels = _scores(stages, nn.ModuleList(self.program.gates), images)
-        return replace(self, margins=margins, labels=labels)
-
     def first(self, count: int) -> Workload:
         """The same work on the first ``count`` images only."""
         kept = {"images": self.images[:count], "margins": self.margins[:, :count], "labels": self.labels[:, :count]}
@@ -87,50 +76,3 @@ class Workload:
     def at(self, thresholds: tuple[float, ...]) -> GateProgram:
         """The program at other thresholds."""
         return replace(self.program, thresholds=thresholds)
-
-
-def resnet101_workload(count: int, seed: int = 0) -> Workload:
-    """CIFAR ResNet-101 with gates after layer1, layer2 and layer3, and ``count`` noise images."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        images = torch.randn(count, 3, 32, 32)
-        model = _settle(build("resnet101"), images[:32])
-        staged = split(model, ["layer1", "layer2", "layer3"], example=images[:2])
-        with torch.inference_mode():
-            widths = [pooled_width(tuple(f.shape[1:]), "avg") for f in staged.features(images[:1])]
-            gates = nn.ModuleList(Gate(width, 10) for width in widths)
-            for gate in gates:
-                nn.init.normal_(gate.weight, std=gate.width**-0.5)
-    margins, labels = _scores(staged, gates, images)
-    costs: Costs = measure_costs(staged, gates, images[:1])
-    off = (np.inf,) * len(gates)
-    point = OperatingPoint(off, float("nan"), costs.dense, (0.0, 0.0, 0.0, 1.0))
-    program = GateProgram(
-        staged, tuple(gates), off, point, Frontier((point,)), costs, float("nan"), tuple(images.shape[1:]), images.dtype
-    )
-    return Workload(model, program, images, margins, labels)
-
-
-def _settle(model: nn.Module, images: Tensor) -> nn.Module:
-    """Give every BatchNorm the statistics of some images, so that 101 random layers do not blow up."""
-    model.train()
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.momentum = None  # cumulative average
-    with torch.no_grad():
-        model(images)
-    return model.eval()
-
-
-@torch.inference_mode()
-def _scores(staged: StagedModel, gates: nn.ModuleList, images: Tensor) -> tuple[Tensor, Tensor]:
-    margins, labels = [], []
-    for chunk in images.split(16):
-        found = []
-        for g, boundary in enumerate(staged.boundaries(chunk)):  # one by one: the next stage may work in place
-            features = staged.gate_features(g, boundary) if g < len(gates) else boundary
-            scored = gates[g].score(features) if g < len(gates) else margin_and_label(features.float())
-            found.append(scored)
-        margins.append(torch.stack([margin for margin, _ in found]))
-        labels.append(torch.stack([label for _, label in found]))
-    return torch.cat(margins, 1), torch.cat(labels, 1)

@@ -213,6 +213,48 @@ def graph_figure(
         return _svg(figure, "graph", "The assembled graph: a chain of switches, and the buckets each chooses from")
 
 
+def lines_figure(
+    lines: Mapping[str, Sequence[tuple[float, float]]],  # points by what they belong to
+    x: str,
+    y: str,
+    title: str,
+    doubling: bool = False,  # whether x goes in powers of two
+) -> str:
+    """Lines over one axis; the last, which others are to be held against, is dashed."""
+    with mpl.rc_context(_STYLE):
+        figure, axes = _axes(6.4, 3.4)
+        for index, (name, points) in enumerate(lines.items()):
+            last = index == len(lines) - 1
+            look: Any = (
+                {"color": _INK, "linestyle": "--", "linewidth": 1.2} if last else {"marker": "o", "markersize": 4}
+            )
+            axes.plot(*zip(*points, strict=True), **{"color": _PROGRAMS[index % len(_PROGRAMS)], **look}, label=name)
+        if doubling:
+            ticks = sorted({point[0] for points in lines.values() for point in points})
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel(x)
+        axes.set_ylabel(y)
+        axes.grid(True, alpha=0.6)
+        axes.legend(fontsize=8)
+        return _svg(figure, title, title)
+
+
+def bars_figure(values: Sequence[tuple[str, float, bool]], x: str, title: str) -> str:
+    """A bar for each name, from the top; those that are marked stand out."""
+    with mpl.rc_context(_STYLE):
+        figure, axes = _axes(6.4, 0.6 + 0.24 * len(values))
+        for row, (_, value, marked) in enumerate(values):
+            axes.barh(row, value, height=0.7, color=_GATES(0.0) if marked else _GATES(0.55))
+            axes.text(value, row, f" {value:.3g}", va="center", fontsize=8)
+        axes.set_yticks(range(len(values)), [name.replace("$", r"\$") for name, *_ in values], fontsize=8)
+        axes.set_ylim(len(values) - 0.5, -0.5)
+        axes.set_xlabel(x)
+        axes.tick_params(axis="y", length=0)
+        return _svg(figure, title, title)
+
+
 def earliest_first(counts: NDArray[np.int64]) -> NDArray[np.int64]:
     """Classes by their mean exit; those without a sample last."""
     mean = counts @ np.arange(counts.shape[1]) / np.maximum(counts.sum(1), 1)

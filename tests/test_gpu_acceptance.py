@@ -16,7 +16,8 @@ from torch import Tensor
 from dgate_rt import ops
 from dgate_rt.bench import acceptance_rows, acceptance_switch, gates, gpu_acceptance
 from dgate_rt.bench.acceptance_rows import Row, verdicts
-from dgate_rt.bench.acceptance_work import DENSE, GATED, TINY, Case, Engine, make_case, measure, prepare
+from dgate_rt.bench.acceptance_work import DENSE, GATED, Engine, prepare
+from dgate_rt.bench.cases import TINY, Case, make_case, measure
 from dgate_rt.bench.gpu_acceptance import Size, main, measure_rows
 from dgate_rt.bench.roofline import GateShape
 from dgate_rt.bench.workload import NO_EXIT, PAPER_MIXES
@@ -44,7 +45,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def case() -> Case:
-    return make_case(TINY, "cpu")
+    return make_case(TINY, "cpu", torch.bfloat16)
 
 
 @pytest.fixture

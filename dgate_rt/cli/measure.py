@@ -2,132 +2,81 @@
 
 from __future__ import annotations
 
-import json
+import os
 import sys
-from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from dgate_rt.cli.app import app, examples
-from dgate_rt.cli.console import emit_json, finite, out, print_table, say, table, whole_file
-from dgate_rt.cli.options import Dtype, Engine, Json
+from dgate_rt.cli.console import emit_json, out, print_table, say, table
+from dgate_rt.cli.options import Json
 
-if TYPE_CHECKING:
-    from dgate_rt.bench.exit_mixes import Row
-    from dgate_rt.bench.memory import Peak
-
-_QUICK_BATCH_SIZES = (1, 32)
-_QUICK_REPEATS = 3
-_QUICK_IMAGES, _IMAGES = 32, 64  # a round
-_REPEATS = 5
 _MARKS = {True: "[green]yes[/green]", False: "[red]no[/red]", None: ""}
+_QUICK_PARTS = ("mixes", "overhead", "latency", "contest", "streams")
 
 
-@app.command(epilog=examples("dgate bench --quick", "dgate bench -b 32 -b 128 --repeats 9 -o results.json"))
+@app.command(
+    epilog=examples(
+        "dgate bench --quick",
+        "dgate bench -o results.json                 (resumes where it was interrupted)",
+        "dgate bench -p contest -p streams",
+        "dgate bench -o results.json --page performance.md",
+    )
+)
 def bench(
     quick: Annotated[
-        bool, typer.Option("--quick", help="Two batch sizes, two exit mixes, few repeats, no memory: three minutes.")
+        bool, typer.Option("--quick", help="One batch size, few engines and rounds: three minutes.")
     ] = False,
-    batch_size: Annotated[
-        list[int] | None, typer.Option("--batch-size", "-b", min=1, help="A batch size to measure; may be repeated.")
+    part: Annotated[
+        list[str] | None, typer.Option("--part", "-p", help="Only this part; may be repeated. All parts by default.")
     ] = None,
     repeats: Annotated[int | None, typer.Option("--repeats", min=1, help="Rounds; medians are over them.")] = None,
-    memory: Annotated[
-        bool | None,
-        typer.Option(
-            "--memory/--no-memory", help="Peak memory of dense and gated execution (Linux); not with --quick."
-        ),
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Keep everything in this JSON file, and go on from it.")
     ] = None,
-    engine: Engine = "eager",
-    dtype: Dtype = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write everything to this JSON file.")] = None,
+    page: Annotated[
+        Path | None, typer.Option("--page", help="Write tables and plots to this Markdown file, and beside it.")
+    ] = None,
     json_: Json = False,
 ) -> None:
-    """Time gated against dense execution of ResNet-101 at the exit mixes of the paper's Table 1.
+    """Time gated against dense execution, each stage engine and what a user could write instead, on the CPU.
 
-    In the same process and in turn: the dense network, dgate_rt, a masked loop as one would write it, and earlyon.
-    Before anything is timed the answers are compared. On another engine, or in another dtype, dense and dgate_rt alone
-    are run, both on it.
+    Parts: mixes, sweep, overhead, latency, contest, memory, streams. What is compared runs in turn in one
+    process, after its answers have been compared. Hours in full, minutes with --quick.
     """
-    from dgate_rt.bench import exit_mixes, workload
-    from dgate_rt.progress import track
-    from dgate_rt.timing import commit, machine_header
+    from dgate_rt.bench import page as pages
+    from dgate_rt.bench import suite
+    from dgate_rt.bench.record import Results
+    from dgate_rt.bench.targets import verdicts
+    from dgate_rt.progress import note, track
+    from dgate_rt.timing import machine_header
 
-    sizes = tuple(batch_size or (_QUICK_BATCH_SIZES if quick else exit_mixes.BATCH_SIZES))
-    mixes = (workload.PAPER_MIXES[1], workload.NO_EXIT) if quick else exit_mixes.MIXES
-    rounds = repeats or (_QUICK_REPEATS if quick else _REPEATS)
-    ticks = track(range(len(sizes) * (rounds + 1)), "rounds")
-    next(ticks, None)
-    images = _QUICK_IMAGES if quick else _IMAGES
-    rows = list(exit_mixes.run(sizes, mixes, rounds, images, lambda: next(ticks, None), engine, dtype))
-    peaks = _peaks(sizes) if memory or (memory is None and not quick and sys.platform == "linux") else {}
-    machine = machine_header()
-    result = {
-        "command": ["dgate", *sys.argv[1:]],
-        "commit": commit(),
-        "machine": machine,
-        "engine": engine,
-        "dtype": dtype,
-        "rows": [row.as_json() for row in rows],
-        "memory": [
-            {"batch_size": size, "executor": name, "idle_mib": peak.idle, "peak_mib": peak.peak}
-            for (size, name), peak in peaks.items()
-        ],
-    }
-    if output is not None:
-        with whole_file(output) as file:
-            json.dump(finite(result), file, indent=2, allow_nan=False)
-        say(f"wrote {output}")
+    scale = suite.QUICK if quick else suite.FULL
+    scale = replace(scale, repeats=repeats or scale.repeats)
+    parts = tuple(part or (_QUICK_PARTS if quick else suite.PARTS))
+    unknown = [name for name in parts if name not in suite.PARTS]
+    if unknown:
+        raise ValueError(f"part: expected one of {', '.join(suite.PARTS)}, got {unknown[0]!r}")
+    results = Results(output, ["dgate", *sys.argv[1:]])
+    left = [group for group in suite.groups(scale, parts) if group.name not in results]
+    for group in track(left, "groups"):
+        note(group.name)
+        results.add(group, group.measure())
+    rows = list(results.rows())
+    if page is not None:
+        pages.write_page(page, results.as_json(), rows, os.path.relpath(output, page.parent) if output else "nowhere")
+        say(f"wrote {page}")
     if json_:
-        emit_json(result)
+        emit_json(results.as_json())
         return
-    out.print(" · ".join(f"{key.replace('_', ' ')} {value}" for key, value in machine.items() if value))
-    what = f"CIFAR ResNet-101 on {engine}, {dtype or 'float32'}"
-    print_table(_bench_table(rows), f"{what}; times are medians [p20–p80]; exit mix: gate 1, 2, 3, end")
-    if peaks:
-        print_table(_memory_table(sizes, peaks), "Resident memory of a process")
-
-
-def _bench_table(rows: Iterable[Row]) -> Any:
-    columns = ("runtime", "B", "exit mix", "GFLOPs", "ms a sample", "speed-up", "realisation", "of time")
-    lines = [
-        (
-            f"{row.engine} ({row.executor})" if row.engine == "dgate_rt" else row.engine,
-            str(row.batch_size),
-            " ".join(f"{share:.2f}".removeprefix("0") for share in row.mix),
-            _number(row.gflops, "{:.2f}"),
-            f"{row.ms.median:.2f} [{row.ms.p20:.2f}–{row.ms.p80:.2f}]",
-            f"{row.speed_up:.2f}×",
-            _number(row.realisation, "{:.3f}"),
-            _number(row.time_realisation, "{:.3f}"),
-        )
-        for row in rows
-    ]
-    return table(columns, lines)
-
-
-def _memory_table(sizes: Sequence[int], peaks: dict[tuple[int, str], Peak]) -> Any:
-    lines = []
-    for size in sizes:
-        dense, eager = peaks[size, "dense"], peaks[size, "eager"]
-        ratio = eager.peak / dense.peak
-        above = [f"{peak.peak - peak.idle:.0f}" for peak in (dense, eager)]
-        lines.append((str(size), f"{dense.peak:.0f}", f"{eager.peak:.0f}", f"{ratio:.3f}", " / ".join(above)))
-    return table(("B", "dense peak MiB", "eager peak MiB", "ratio", "above idle MiB"), lines, left=0)
-
-
-def _peaks(sizes: Sequence[int]) -> dict[tuple[int, str], Peak]:
-    from dgate_rt.bench.memory import measure
-    from dgate_rt.progress import track
-
-    jobs = [(size, executor) for size in sizes for executor in ("dense", "eager")]
-    return {job: measure(job[1], job[0]) for job in track(jobs, "memory")}
-
-
-def _number(value: float | None, form: str) -> str:
-    return "" if value is None else form.format(value)
+    out.print(" · ".join(f"{key.replace('_', ' ')} {value}" for key, value in machine_header().items() if value))
+    for name in dict.fromkeys(row.part for row in rows):
+        cells, columns = pages.cells([row for row in rows if row.part == name])
+        print_table(table(columns, cells), name)
+    out.print("\n".join(verdicts(rows)), markup=False)
 
 
 @app.command(epilog=examples("dgate flops", "dgate flops resnet101 --json"))

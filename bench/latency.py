@@ -1,0 +1,65 @@
+"""One sample at a time: for one that leaves at the first gate, and one that runs to the end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from torch import Tensor
+
+from dgate_rt.bench.cases import Case
+from dgate_rt.bench.peers import EarlyonBatched
+from dgate_rt.bench.record import Row
+from dgate_rt.bench.ways import GATED, Ways, whole
+from dgate_rt.bench.workload import NO_EXIT, Mix
+from dgate_rt.timing import Timing
+
+PERCENTILES = (50, 95, 99)
+EARLY: Mix = (1.0, 0.0, 0.0, 0.0)
+BESIDE_EARLYON = "time as a multiple of earlyon's"
+
+
+def measure_latency(case: Case, engine: str, dtype: str, calls: int) -> list[Row]:
+    """Calls with one sample, all ways in turn.
+
+    Whoever leaves early passes one gate; whoever runs to the end passes them all. `earlyon` is timed where stages run
+    eagerly in float32, the only way that it has.
+    """
+    ways = Ways(case, engine, dtype, 1, 1)
+    jobs: list[tuple[str, Mix, Callable[[Tensor], object]]] = [("dense", (), ways.compile(whole(case), "dense"))]
+    for mix in (EARLY, NO_EXIT):
+        program = ways.work.program(mix)
+        for executor in GATED:
+            run = ways.compile(program, executor)
+            ways.check(executor, run, program)
+            jobs.append((executor, mix, run))
+        if engine == "eager" and dtype == "float32":
+            jobs.append((EarlyonBatched.name, mix, EarlyonBatched(ways.work.workload, mix)))
+    (x,) = ways.work.batches
+    spent = _turns([run for *_, run in jobs], x, calls)
+    dense = np.percentile(spent[0], PERCENTILES)
+    medians = {(name, mix): float(np.median(rounds)) for (name, mix, _), rounds in zip(jobs, spent, strict=True)}
+    rows = []
+    for (name, mix, _), rounds in zip(jobs, spent, strict=True):
+        own = np.percentile(rounds, PERCENTILES)
+        values = {f"p{p} ms": float(ms) for p, ms in zip(PERCENTILES, own, strict=True)}
+        over = {} if name == "dense" else {"dense": float(dense[0] / own[0])}
+        if (EarlyonBatched.name, mix) in medians:
+            values[BESIDE_EARLYON] = float(own[0]) / medians[EarlyonBatched.name, mix]
+        rows.append(
+            Row("latency", case.network.name, engine, dtype, name, 1, mix, Timing.of(rounds), over, values)
+        )  # fmt: skip
+    return rows
+
+
+def _turns(jobs: Sequence[Callable[[Tensor], object]], x: Tensor, calls: int) -> list[list[float]]:
+    """Milliseconds of every call of every job, after a few that do not count."""
+    spent: list[list[float]] = [[] for _ in jobs]
+    for call in range(-3, calls):
+        for job, times in zip(jobs, spent, strict=True):
+            start = time.perf_counter()
+            job(x)
+            if call >= 0:
+                times.append(1e3 * (time.perf_counter() - start))
+    return spent

@@ -1,0 +1,172 @@
+"""The ways to run a network on the same images: dense, gated by each executor, and what a user could write instead.
+
+Every way is checked against dense execution with post-hoc gating before it is timed. Ways of one network are timed in
+turn, in one process.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dgate_rt import GateProgram, Runtime, StagedModel, compile
+from dgate_rt.bench import cases
+from dgate_rt.bench.cases import Case
+from dgate_rt.bench.record import Row
+from dgate_rt.bench.workload import NO_EXIT, Mix
+from dgate_rt.cli.files import gates_off
+from dgate_rt.engines import ENGINES, StageEngine
+from dgate_rt.engines.base import name_of
+from dgate_rt.executors import Predictions
+from dgate_rt.staged import Boundary
+from dgate_rt.timing import interleaved
+
+DENSE, CHUNKED = "dense", "dense, chunked"
+GATED = ("eager", "refill")
+
+
+@dataclass(frozen=True)
+class Way:
+    """One job of a round: all images once."""
+
+    name: str
+    mix: Mix
+    run: Callable[[], object]
+    cost: float | None = None  # FLOPs as a share of the dense network's
+
+
+class Ways:
+    """Ways to run one network with one engine at one batch size.
+
+    Args:
+        case: the network.
+        engine: of the stages, by name.
+        dtype: that they compute in.
+        batch_size: how many images at once.
+        images: how many a round takes at least.
+    """
+
+    def __init__(self, case: Case, engine: str, dtype: str, batch_size: int, images: int) -> None:
+        self.case, self.engine, self.dtype, self.batch_size = case, engine, dtype, batch_size
+        self.work = cases.measure(case, batch_size, images, 1, getattr(torch, dtype))
+        self.ways: list[Way] = []
+
+    @property
+    def count(self) -> int:
+        """Images of a round."""
+        return len(self.work.workload.images)
+
+    def compile(self, program: GateProgram, executor: str, **options: object) -> Runtime:
+        """`dgate_rt.compile`, whose stages are compiled once for all programs of this process."""
+        engine = self.engine if self.engine == "eager" else kept(self.engine)
+        given = {"batch_size": self.batch_size, "dtype": self.dtype, "engine": engine, **options}
+        return compile(program, executor=executor, **given)  # type: ignore[arg-type]
+
+    def add_dense(self) -> None:
+        """The network as one piece, every image through all of it."""
+        self._add(DENSE, (), self.compile(whole(self.case), "dense"), 1.0)
+
+    def add_chunked(self) -> None:
+        """The same network, each stage at the chunk size that suits it: `refill` with every gate off."""
+        self._add(CHUNKED, (), self.compile(self.case.program, "refill"), 1.0)
+
+    def add_gated(self, executor: str, mix: Mix) -> None:
+        """The gated network at thresholds that give the mix."""
+        program = self.work.program(mix)
+        run = self.compile(program, executor)
+        self.check(executor, run, program)
+        self._add(executor, mix, run, self.work.cost(program))
+
+    def add_leaving(self, gate: int) -> None:
+        """All images leave at one gate, and no other is on: what the stages up to there take."""
+        thresholds = tuple(-np.inf if g == gate else np.inf for g in range(len(self.case.program.gates)))
+        shares = tuple(float(g == gate) for g in range(len(thresholds) + 1))
+        point = replace(self.case.program.point, thresholds=thresholds, shares=shares)
+        program = replace(self.case.program, thresholds=thresholds, point=point)
+        self._add(f"refill, all leave at gate {gate + 1}", shares, self.compile(program, "refill"))
+
+    def add_peer(self, name: str, mix: Mix, make: Callable[[GateProgram], Callable[[Tensor], Predictions]]) -> None:
+        """What a user could write instead."""
+        program = self.work.program(mix)
+        run = make(program)
+        self.check(name, run, program)
+        self._add(name, mix, run, self.work.cost(program))
+
+    def add_unchecked(self, name: str, mix: Mix, run: Callable[[Tensor], object]) -> None:
+        """What does not answer sample by sample, so that neither its answers nor its FLOPs are those of the mix."""
+        self._add(name, mix, run)
+
+    def check(self, name: str, run: Callable[[Tensor], Predictions], program: GateProgram) -> None:
+        """Refuse wrong answers.
+
+        Raises:
+            RuntimeError: if exits, labels and scores are not those of dense execution with post-hoc gating.
+        """
+        wrong = self.work.wrong([run(batch) for batch in self.work.batches], program.thresholds)
+        if wrong:
+            raise RuntimeError(f"will not time wrong answers: {name} answers {wrong} of {self.count} differently")
+
+    def _add(self, name: str, mix: Mix, run: Callable[[Tensor], object], cost: float | None = None) -> None:
+        self.ways.append(Way(name, mix, functools.partial(_over, self.work.batches, run), cost))
+
+
+def measure(part: str, groups: Sequence[Ways], repeats: int) -> list[Row]:
+    """Time all ways of all groups in turn; a row each, with its speed-up over the dense ways of its own group.
+
+    Of several groups each row also has its speed-up over the best dense way of all.
+    """
+    found = [(group, way) for group in groups for way in group.ways]
+    timings = interleaved([way.run for _, way in found], repeats)
+    a_sample = [timing.per(group.count) for (group, _), timing in zip(found, timings, strict=True)]
+    dense = [i for i, (_, way) in enumerate(found) if way.name in (DENSE, CHUNKED)]
+    best = min(dense, key=lambda i: a_sample[i].median)
+    rows = []
+    for (group, way), ms in zip(found, a_sample, strict=True):
+        own = {found[i][1].name: a_sample[i] for i in dense if found[i][0] is group}
+        over = {name: 1 / ms.ratio(baseline) for name, baseline in own.items() if name != way.name}
+        if len(groups) > 1:
+            over["best dense"] = 1 / ms.ratio(a_sample[best])
+        values = {}
+        if way.cost is not None:
+            values["gflops"] = way.cost * group.case.program.costs.dense / 1e9
+        if way.cost is not None and way.cost < 1 and way.mix and way.mix != NO_EXIT:
+            values |= {f"realisation over {n}": (1 - ms.ratio(b)) / (1 - way.cost) for n, b in own.items()}
+        name = group.case.network.name
+        rows.append(Row(part, name, group.engine, group.dtype, way.name, group.batch_size, way.mix, ms, over, values))
+    return rows
+
+
+def whole(case: Case) -> GateProgram:
+    """The network as one stage, without gates."""
+    return gates_off(StagedModel([case.exact]).eval(), [], case.images(1))
+
+
+def _over(batches: Sequence[Tensor], run: Callable[[Tensor], object]) -> None:
+    for batch in batches:
+        run(batch)
+
+
+@functools.cache
+def kept(name: str) -> StageEngine:
+    """An engine that compiles the same stage once for all runtimes of this process."""
+    return Kept(ENGINES[name]())
+
+
+class Kept:
+    """What an engine made, by stage, example and sizes; the stages of two copies of a network are the same."""
+
+    def __init__(self, engine: StageEngine) -> None:
+        self.name, self.any_size, self._engine = name_of(engine), getattr(engine, "any_size", False), engine
+        self._made: dict[object, Callable[..., Boundary]] = {}
+
+    def __call__(self, stage: nn.Module, example: tuple[Tensor, ...], sizes: Sequence[int]) -> Callable[..., Boundary]:
+        shapes = tuple((tuple(t.shape[1:]), t.dtype, t.stride()) for t in example)
+        key = StagedModel([stage]).fingerprint(), shapes, tuple(sizes)
+        if key not in self._made:
+            self._made[key] = self._engine(stage, example, sizes)
+        return self._made[key]

@@ -1,0 +1,225 @@
+"""`dgate bench` on a tiny network: every part runs, refuses wrong answers, resumes, judges, and writes its page."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from dgate_rt.bench import contest, latency, memory, mixes, overhead, page, streams, suite, targets, ways
+from dgate_rt.bench.cases import TINY, Case, make_case
+from dgate_rt.bench.record import Group, Results, Row
+from dgate_rt.bench.workload import NO_EXIT, PAPER_MIXES
+from dgate_rt.cli import app
+from dgate_rt.engines import precision
+from dgate_rt.timing import Timing
+
+MIXED = PAPER_MIXES[1]
+EAGER = ("eager", "float32")
+
+
+@pytest.fixture(scope="module")
+def case() -> Case:
+    return make_case(TINY, "cpu", torch.float32)
+
+
+def by_way(rows: list[Row]) -> dict[str, Row]:
+    return {f"{row.way} {targets.mix_name(row.mix)}": row for row in rows}
+
+
+def test_mixes_are_beside_dense_and_say_what_was_realised(case: Case) -> None:
+    rows = by_way(mixes.measure_mixes(case, *EAGER, 8, 16, (MIXED, NO_EXIT), repeats=2))
+    assert list(rows) == [
+        "dense no gates",
+        "dense, chunked no gates",
+        *(f"{way} {targets.mix_name(mix)}" for mix in (MIXED, NO_EXIT) for way in (*ways.GATED, "masked loop")),
+    ]
+    gated = rows["refill .20 .30 .25 .25"]
+    assert set(gated.over) == {"dense", "dense, chunked"}
+    assert {"time realisation", "realisation over dense"} <= set(gated.values)
+    assert 0 < gated.values["gflops"] < rows["dense no gates"].values["gflops"]
+    assert set(rows["refill nobody leaves"].values) == {"gflops"}
+    assert all(row.ms is not None and row.ms.median > 0 and len(row.ms.rounds) == 2 for row in rows.values())
+
+
+def test_the_sweep_goes_from_all_late_to_all_early(case: Case) -> None:
+    rows = [r for r in mixes.measure_sweep(case, *EAGER, 8, 16, repeats=1) if r.way == "refill"]
+    assert [row.mix[0] for row in rows] == list(mixes.SWEEP)
+    assert (rows[0].mix, rows[-1].mix[0]) == (NO_EXIT, 1.0)
+    flops = [row.values["gflops"] for row in rows]
+    assert flops == sorted(flops, reverse=True)
+
+
+def test_overhead_and_gates(case: Case) -> None:
+    assert [row.way for row in overhead.measure_no_exit(case, *EAGER, 4, 8, 1)] == [
+        "dense",
+        "dense, chunked",
+        *ways.GATED,
+    ]
+    rows = overhead.measure_gates(case, 4, 1)
+    assert [row.way for row in rows] == ["stage 0", "stage 1", "stage 2"]
+    assert all(row.values["score and route"] == row.values["score"] + row.values["route"] > 0 for row in rows)
+
+
+def test_one_sample_at_a_time(case: Case) -> None:
+    rows = by_way(latency.measure_latency(case, *EAGER, calls=3))
+    early = rows[f"refill {targets.mix_name(latency.EARLY)}"]
+    assert {"p50 ms", "p95 ms", "p99 ms", latency.BESIDE_EARLYON} == set(early.values)
+    assert "earlyon nobody leaves" in rows
+
+
+def test_the_contest_knows_the_best_dense_way(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "supports_bfloat16", lambda device: True)  # emulated, it is as right
+    rows = contest.measure_contest(case, [EAGER, ("eager", "bfloat16")], 4, 8, (MIXED,), 1)
+    assert all("best dense" in row.over for row in rows)
+    best = [row for row in rows if row.way in (ways.DENSE, ways.CHUNKED) and row.over["best dense"] == 1]
+    assert len(best) == 1
+    assert {"masked loop", "nonzero_static loop", "earlyon"} <= {row.way for row in rows}
+
+
+def test_streams_of_every_size(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = streams.measure_streams(case, *EAGER, 64, MIXED, 1, arriving=(5, 64))
+    assert [(row.way, row.batch_size) for row in rows] == [(w, n) for n in (5, 64) for w in ways.GATED]
+    assert all(row.values["p99 latency ms"] >= row.values["p50 latency ms"] > 0 for row in rows)
+    assert [row.values[streams.BESIDE_FULL] for row in rows][2:] == [1, 1]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_is_that_of_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def run(command: list[str], **_: object) -> object:
+        asked.append(command[3:])
+        text = json.dumps({"idle MiB": 1.0, "peak MiB": 3.0, "above idle MiB": 2.0, "ms": [4.0, 5.0]})
+        return type("Done", (), {"stdout": text})
+
+    monkeypatch.setattr(memory.subprocess, "run", run)
+    row = memory.measure_memory("refill", 64, "float32")
+    assert asked == [["refill", "64", "float32"]]
+    assert (row.values["above idle MiB"], row.mix) == (2.0, MIXED)
+
+
+def test_wrong_answers_are_not_timed(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = ways.Ways(case, *EAGER, 4, 8)
+
+    def wrong(program: object) -> object:
+        run = made.compile(program, "eager")  # type: ignore[arg-type]
+
+        def call(x: torch.Tensor) -> object:
+            out = run(x)
+            out.labels += 1
+            return out
+
+        return call
+
+    with pytest.raises(RuntimeError, match="will not time wrong answers: mine answers 8 of 8 differently"):
+        made.add_peer("mine", MIXED, wrong)  # type: ignore[arg-type]
+    assert made.ways == []
+
+
+def test_an_engine_that_is_missing_and_a_machine_too_small_are_said(
+    monkeypatch: pytest.MonkeyPatch, case: Case
+) -> None:
+    monkeypatch.setattr(suite, "case_of", lambda network: case)
+    monkeypatch.setattr(suite, "why_not", lambda engine, dtype: "install it" if engine == "openvino" else None)
+    scale = replace(suite.QUICK, engines=(("openvino", "float32"),), batch_sizes=(4,))
+    (group,) = suite.groups(scale, ["mixes"])
+    assert [row.note for row in group.measure()] == ["skipped: install it"]
+    (small,) = suite.groups(replace(scale, engines=(EAGER,), batch_sizes=(10**9,)), ["mixes"])
+    assert small.measure()[0].note.startswith("skipped: expected ")
+
+
+def test_every_part_has_groups_of_different_names() -> None:
+    for scale in (suite.QUICK, suite.FULL):
+        names = [group.name for group in suite.groups(scale)]
+        assert len(set(names)) == len(names)
+    assert {group.part for group in suite.groups(suite.FULL)} == {*suite.PARTS, "gates"}
+
+
+def row(part: str, way: str, mix: tuple[float, ...], over: dict[str, float], ms: float = 2.0, **values: float) -> Row:
+    return Row(part, targets.RESNET, *EAGER, way, 64, mix, Timing(ms, ms, ms, (ms,)), over, values)
+
+
+ROWS = [
+    row("mixes", "dense", (), {}, gflops=5.0),
+    row("mixes", "refill", MIXED, {"dense": 1.95, "dense, chunked": 1.5}, 1.0, **{"time realisation": 0.9}),
+    row("mixes", "refill", NO_EXIT, {"dense": 1.2, "dense, chunked": 0.99}),
+    row("contest", "dense", (), {"best dense": 1.0}),
+    row("contest", "refill", MIXED, {"dense": 1.7, "best dense": 1.7}, 1.0),
+]
+
+
+def test_targets_are_judged_by_the_worst_row() -> None:
+    lines = {line.split(" | ")[0].removeprefix("| "): line for line in targets.verdicts(ROWS)}
+    assert (
+        "| >= 1.9 | holds | 1.95 (eager float32, B 64, .20 .30 .25 .25; 1 rows) |"
+        in lines["refill over dense at B = 64"]
+    )
+    assert "**missed** | 0.9 (" in lines["time realisation"]
+    assert "| <= 0.02 | holds | 0.0101 (" in lines["time added where nobody leaves"]
+    assert "| >= 1.55 | holds | 1.7 (" in lines["the best gated way over the best dense one"]
+    assert "not measured" in lines["gated OpenVINO over dense OpenVINO"]
+
+
+def test_the_page_tells_what_does_not_pay(tmp_path: Path) -> None:
+    results = Results(None, ["dgate", "bench"])
+    results.add(Group("mixes", "one", list), ROWS)
+    page.write_page(tmp_path / "performance.md", results.as_json(), list(results.rows()), "results.json")
+    text = (tmp_path / "performance.md").read_text()
+    assert "## Exit mixes" in text
+    assert "| .20 .30 .25 .25 | refill | 1.00 [1.00–1.00] | 1.95× | 1.50× |" in text
+    assert "- `refill`: 0.99× dense, chunked (CIFAR ResNet-101, eager float32, B 64, nobody leaves)" in text
+    assert "<svg" in (tmp_path / "performance" / "contest.svg").read_text()
+
+
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Two groups in place of the suite; what was measured."""
+    measured: list[str] = []
+
+    def group(name: str, rows: list[Row]) -> Group:
+        return Group(rows[0].part, name, lambda: (measured.append(name), rows)[1])
+
+    found = [group("first", ROWS[:3]), group("second", ROWS[3:])]
+    monkeypatch.setattr(suite, "groups", lambda scale, parts: [g for g in found if g.part in parts])
+    return measured
+
+
+def dgate(*arguments: object) -> str:
+    result = CliRunner().invoke(app, ["bench", *map(str, arguments)], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_the_command_goes_on_where_it_stopped(few: list[str], tmp_path: Path) -> None:
+    file = tmp_path / "results.json"
+    dgate("-o", file, "-p", "mixes")
+    shown = dgate("-o", file, "--page", tmp_path / "page.md")
+    assert few == ["first", "second"]
+    assert "refill over dense at B = 64" in shown
+    assert list(json.loads(file.read_text())["groups"]) == ["first", "second"]
+    assert "All rows are in\n[results.json](results.json)" in (tmp_path / "page.md").read_text()
+    assert json.loads(dgate("--json"))["groups"]["second"]["rows"][1]["over"]["best dense"] == 1.7
+
+
+@pytest.mark.parametrize("content", ["{}", "not JSON", '{"groups": {}, "machine": {"cpu": "another"}}'])
+def test_results_of_something_else_are_refused(tmp_path: Path, content: str) -> None:
+    file = tmp_path / "results.json"
+    file.write_text(content)
+    with pytest.raises(ValueError, match="output: expected results of dgate bench in"):
+        Results(file, [])
+
+
+def test_results_of_another_machine_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "results.json"
+    Results(file, []).add(Group("mixes", "one", list), ROWS)
+    found = json.loads(file.read_text())
+    found["machine"]["cpu"] = "another"
+    file.write_text(json.dumps(found))
+    with pytest.raises(ValueError, match=r"output: expected results of this machine in .*; move it away"):
+        Results(file, [])
