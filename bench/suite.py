@@ -42,6 +42,7 @@ class Scale:
     mixes: tuple[Mix, ...]
     engines: tuple[Engine, ...]  # of the exit mixes
     contest: tuple[Engine, ...]
+    overhead_batch_sizes: tuple[int, ...]  # beside those of the exit mixes, of which one is that nobody leaves
     gate_batch_sizes: tuple[int, ...]
     memory_batch_sizes: tuple[int, ...]
     stream_images: int
@@ -60,9 +61,10 @@ FULL = Scale(
     mixes=(*PAPER_MIXES, NO_EXIT),
     engines=(EAGER, EAGER_BFLOAT16),
     contest=(EAGER, EAGER_BFLOAT16, *COMPILED),
+    overhead_batch_sizes=(1, 256),
     gate_batch_sizes=(1, 8, 32, 64, 256),
     memory_batch_sizes=(64, 256, 1024, 4096),
-    stream_images=256,
+    stream_images=128,
     calls=100,
     repeats=5,
 )
@@ -73,6 +75,7 @@ QUICK = Scale(
     mixes=(MIXED, NO_EXIT),
     engines=(EAGER,),
     contest=(EAGER, EAGER_BFLOAT16),
+    overhead_batch_sizes=(),
     gate_batch_sizes=(32,),
     memory_batch_sizes=(),
     stream_images=32,
@@ -118,7 +121,7 @@ def _sweep(scale: Scale) -> Iterator[Group]:
 
 
 def _overhead(scale: Scale) -> Iterator[Group]:
-    for b in (1, *scale.batch_sizes, 256) if len(scale.batch_sizes) > 1 else scale.batch_sizes:
+    for b in scale.overhead_batch_sizes:
         yield _group(
             "overhead", RESNET_101, EAGER, b, lambda case, engine, b: (
                 overhead.measure_no_exit(case, *engine, b, scale.images, scale.repeats)
