@@ -11,11 +11,12 @@ Decision Gates", CVPR Workshops 2019.
 """
 
 from dgate_rt.calibrate import calibrate
+from dgate_rt.compiling import compile
 from dgate_rt.errors import ExecutorError, ProgramError, SplitError, UnreachableTargetError
 from dgate_rt.executors import Predictions
 from dgate_rt.gate import Criterion, Gate, Pool
 from dgate_rt.program import GateProgram, load
-from dgate_rt.runtime import Runtime, compile
+from dgate_rt.runtime import Runtime
 from dgate_rt.staged import StagedModel, split
 from dgate_rt.train import fit
 

@@ -45,7 +45,8 @@ def calibrate(
             samples (0.01 is one point); 0 if no target is given.
         min_accuracy: the accuracy to keep, in [0, 1].
         max_cost: the mean cost a sample to stay within, FLOPs or milliseconds as ``cost`` says.
-        cost: ``"flops"`` counts, ``"time"`` measures stages and gates here, at the loader's batch size.
+        cost: ``"flops"`` counts, ``"time"`` measures stages and gates here, at the batch size that suits each best,
+            up to the loader's.
         device: where ``staged`` and ``gates`` are.
         progress: show a progress bar.
 

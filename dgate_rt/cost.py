@@ -6,7 +6,7 @@ sample, the figure of the paper's Table 1.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,8 +16,8 @@ from torch import Tensor
 from dgate_rt.executors.base import deploy, prefers_channels_last
 from dgate_rt.flops import count_flops
 from dgate_rt.gate import Gate, Pool
+from dgate_rt.stage_times import gate_times, sizes_up_to, stage_times
 from dgate_rt.staged import Boundary, StagedModel
-from dgate_rt.timing import interleaved
 
 CostKind = Literal["flops", "time"]
 
@@ -65,12 +65,13 @@ def gate_flops(
 def measure_costs(
     staged: StagedModel,
     gates: Sequence[Gate],
-    example: Tensor,  # [N, ...]; for times, N is the batch size they hold for
+    example: Tensor,  # [N, ...]; for times, N is the largest batch size that is tried
     kind: CostKind = "flops",
 ) -> Costs:
     """Cost of every stage and gate on inputs like ``example``: counted FLOPs, or measured milliseconds a sample.
 
-    Times are those of the memory format that `compile` would choose.
+    Times are those at the batch size that suits each stage best, in the memory format that `compile` would choose:
+    measured once on a machine and then kept (`dgate_rt.stage_times`).
 
     Raises:
         ValueError: if ``kind`` is neither ``"flops"`` nor ``"time"``, or ``example`` has no rows.
@@ -79,21 +80,22 @@ def measure_costs(
         raise ValueError(f"cost: expected 'flops' or 'time', got {kind!r}")
     if len(example) == 0:
         raise ValueError(f"example: expected at least one row, got shape {tuple(example.shape)}")
-    if kind == "time" and prefers_channels_last(staged, example.shape[1:], example.device):  # as compile will run it
-        staged = deploy(staged, example.device, channels_last=True)
-        example = example.contiguous(memory_format=torch.channels_last)
+    if kind == "time":
+        return _times(staged, gates, example)
     with torch.no_grad():
-        boundaries = list(staged.boundaries(example))  # a later stage may have worked in place; costs do not mind
-        features = [staged.gate_features(g, boundaries[g]) for g in range(len(gates))]
-        if kind == "flops":
-            per_gate = [gate_flops(gate, f.shape[1:]) for gate, f in zip(gates, features, strict=True)]
-            return Costs("FLOPs", tuple(stage_flops(staged, example)), tuple(per_gate))
-        inputs: list[Boundary] = [example, *boundaries[:-1]]
-        jobs = [_bind(staged.run_stage, index, inputs[index]) for index in range(len(inputs))]
-        jobs += [_bind(gate.score, f) for gate, f in zip(gates, features, strict=True)]
-        times = [t.median / len(example) for t in interleaved(jobs)]
-    return Costs("ms", tuple(times[: len(inputs)]), tuple(times[len(inputs) :]))
+        boundaries = staged.boundaries(example)  # one by one: the next stage may work in place
+        features = (staged.gate_features(g, b) for g, b in zip(range(len(gates)), boundaries, strict=False))
+        per_gate = [gate_flops(gate, f.shape[1:]) for gate, f in zip(gates, features, strict=True)]
+        return Costs("FLOPs", tuple(stage_flops(staged, example)), tuple(per_gate))
 
 
-def _bind(function: Callable[..., object], *arguments: object) -> Callable[[], object]:
-    return lambda: function(*arguments)
+def _times(staged: StagedModel, gates: Sequence[Gate], example: Tensor) -> Costs:
+    shape, dtype, device = example.shape[1:], example.dtype, example.device
+    channels_last = prefers_channels_last(staged, shape, device)
+    copied = deploy(staged, device, channels_last)
+    sizes = sizes_up_to(len(example))
+    times = stage_times(copied, shape, dtype, device, channels_last, sizes)
+    best = [min(zip(ms, sizes, strict=False), key=lambda pair: pair[0] / pair[1]) for ms in times.ms]
+    at = [size for _, size in best[:-1]]
+    per_gate = gate_times(copied, gates, shape, dtype, channels_last, at)
+    return Costs("ms", tuple(ms / size for ms, size in best), per_gate)

@@ -22,12 +22,12 @@ from torch import Tensor
 import dgate_rt
 from dgate_rt import backbones, pretrain
 from dgate_rt.calibrate import calibrate
+from dgate_rt.compiling import compile
 from dgate_rt.data import DataBundle
 from dgate_rt.executors import Predictions
 from dgate_rt.program import GateProgram, load
 from dgate_rt.progress import track
 from dgate_rt.report import TableRow, configuration, console_table, simulated_graph, write_report
-from dgate_rt.runtime import compile
 from dgate_rt.staged import StagedModel, split
 from dgate_rt.timing import commit, interleaved, machine_header
 from dgate_rt.trace import Trace, collect_trace

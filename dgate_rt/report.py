@@ -21,9 +21,9 @@ from torch import Tensor
 
 import dgate_rt
 from dgate_rt import figures
+from dgate_rt.compiling import compile
 from dgate_rt.errors import ExecutorError
 from dgate_rt.program import GateProgram
-from dgate_rt.runtime import compile
 from dgate_rt.timing import machine_header
 from dgate_rt.trace import Replay, Trace
 

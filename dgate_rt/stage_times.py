@@ -15,6 +15,7 @@ from torch import Tensor
 from dgate_rt.cache import keep, recall
 from dgate_rt.chunks import StageTimes
 from dgate_rt.executors.base import empty_rows, row_dense
+from dgate_rt.gate import Gate
 from dgate_rt.progress import track
 from dgate_rt.staged import StagedModel, as_tuple
 from dgate_rt.timing import machine_header
@@ -122,6 +123,25 @@ def measure_stage_times(
         least[stage] |= {size: ms / largest * size for size in sizes if size > largest}
     found = tuple(tuple(by_size.values()) for by_size in least)
     return StageTimes(tuple(sizes), found, tuple(_copying(boundary) for boundary in inputs[1:]), not cut_short)
+
+
+@torch.inference_mode()
+def gate_times(
+    staged: StagedModel,
+    gates: Sequence[Gate],
+    input_shape: Sequence[int],  # of one sample
+    dtype: torch.dtype,
+    channels_last: bool,
+    sizes: Sequence[int],  # [G]; at which to score
+) -> tuple[float, ...]:  # [G]
+    """Milliseconds that each gate's score takes a sample; the least of a few, on noise."""
+    device = next((t.device for gate in gates for t in gate.parameters()), torch.device("cpu"))
+    found = []
+    inputs = _inputs(staged, input_shape, dtype, device, channels_last)[1:] if gates else []
+    for g, (gate, boundary, size) in enumerate(zip(gates, inputs, sizes, strict=True)):
+        features = staged.gate_features(g, _repeated(boundary[0], size))
+        found.append(min(_milliseconds(lambda: gate.score(features)) for _ in range(ROUNDS)) / size)  # noqa: B023 - called at once
+    return tuple(found)
 
 
 def _inputs(

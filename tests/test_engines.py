@@ -195,7 +195,7 @@ def test_a_gated_runtime_answers_alike_on_every_engine(prepared, images, engine,
     margins = all_margins(staged, gates, images)
     thresholds = thresholds_for(margins, 0.4)
     program = make_program(staged, gates, thresholds, images)
-    monkeypatch.setattr("dgate_rt.runtime.prepare", lambda *args, **options: prepared(engine, "conv"))
+    monkeypatch.setattr("dgate_rt.compiling.prepare", lambda *args, **options: prepared(engine, "conv"))
     for executor in ("dense", "eager"):
         run = dg.compile(program, executor=executor, engine=engine, batch_size=64)
         out = run(images)

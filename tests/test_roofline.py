@@ -10,7 +10,7 @@ import pytest
 
 from dgate_rt.bench import roofline
 from dgate_rt.bench.roofline import GateShape
-from dgate_rt.runtime import MOST_ROWS_ON_CUDA
+from dgate_rt.compiling import MOST_ROWS_ON_CUDA
 
 CUDA = Path(__file__).resolve().parent.parent / "csrc" / "cuda"
 

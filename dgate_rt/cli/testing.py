@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from dgate_rt.compiling import compile
 from dgate_rt.cost import measure_costs
 from dgate_rt.data import DataBundle
 from dgate_rt.program import GateProgram
 from dgate_rt.progress import track
 from dgate_rt.report import TableRow, configuration
-from dgate_rt.runtime import Runtime, compile
+from dgate_rt.runtime import Runtime
 
 _MOST_BYTES = 2**30
 

@@ -74,9 +74,9 @@ def run(
     the program's frontier. Images that cannot be read are named and skipped, and the exit code is then 1.
     """
     from dgate_rt.cli.files import device_of, open_network, open_program
+    from dgate_rt.compiling import compile
     from dgate_rt.images import ImageFolder, open_images
     from dgate_rt.progress import track
-    from dgate_rt.runtime import compile
 
     net, torch_device = open_network(network), device_of(device)
     chosen = _at(open_program(program, net), max_drop, program)

@@ -69,6 +69,8 @@ class GatedModel:
             if self.thresholds.is_cuda:  # from pinned memory the copy waits for nobody
                 values = values.pin_memory()
             self.thresholds.copy_(values, non_blocking=True)
+        self.point = thresholds
+        """The operating point, as numbers."""
         self.active = tuple(t != float("inf") for t in thresholds)
         self.version += 1
 
@@ -114,6 +116,7 @@ class Setup:
     remeasure: bool = False  # whether stage times that were kept are measured again
     simulated: bool = False  # on the recording driver instead of CUDA's
     early_answers: bool = False  # whether batches are submitted, see `early.Ticket`
+    losing_gates: Literal["keep", "off"] = "keep"  # what happens to gates that take more time than they save
     engine: str = "eager"  # that runs the stages
     sizes: tuple[int, ...] = ()  # of batches that it is prepared for; none if it runs any
 

@@ -12,20 +12,22 @@ boundary is passed on as it is.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable
+import math
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from dgate_rt import ops
+from dgate_rt.accounts import Account, accounts, without_losses
 from dgate_rt.chunks import ChunkPlan, StageTimes, cut_up, plan_chunks
 from dgate_rt.executors.arena import Arena, Rows
 from dgate_rt.executors.base import GatedModel, Predictions, Setup
 from dgate_rt.executors.ledger import Ledger
 from dgate_rt.executors.scheduler import Schedule
 from dgate_rt.gate import leaves, margin_and_label
-from dgate_rt.stage_times import sizes_up_to, stage_times
+from dgate_rt.stage_times import gate_times, sizes_up_to, stage_times
 from dgate_rt.staged import as_tuple
 
 
@@ -38,15 +40,17 @@ class RefillExecutor:
     def __init__(self, model: GatedModel, setup: Setup) -> None:
         self.model, self.setup = model, setup
         self.times: StageTimes | None = None
+        self.dropped: list[Account] = []
         if setup.chunks == "auto":
             self.times = stage_times(
                 model.staged, setup.sample_shape, setup.dtype, model.thresholds.device, setup.channels_last,
                 setup.sizes or sizes_up_to(setup.batch_size), setup.engine, setup.remeasure,
             )  # fmt: skip
-            reach = [min(1.0, max(0.0, 1 - sum(setup.shares[:stage]))) for stage in range(len(setup.shares))]
-            self.plan = plan_chunks(self.times, reach, model.active, setup.batch_size, padded=bool(setup.sizes))
+            self.plan, self.accounts = self._planned(self.times, setup.shares)
+            if setup.losing_gates == "off":
+                self._drop_losing_gates(self.times)
         else:
-            self.plan = ChunkPlan(tuple(setup.chunks), ())
+            self.plan, self.accounts = ChunkPlan(tuple(setup.chunks), ()), []
         self._free: list[Line] = []
 
     def run(self, x: Tensor, out: Predictions) -> None:
@@ -83,8 +87,35 @@ class RefillExecutor:
             how = ", regrouped before" if stage in regrouped else ""
             lines.append(f"stage {stage}: chunks of {chunk}{how}{expected[stage]}")
         self._give(line)
+        lines += [f"{_told(account)}{'' if account.pays else '; it loses time'}" for account in self.accounts]
+        lines += [f"{_told(account)}, so it is off" for account in self.dropped]
         held = sum(arena.nbytes for free in self._free for arena in free.arenas) / 2**20
         return [*lines, f"arenas hold {held:.1f} MiB so far"]
+
+    def _planned(self, times: StageTimes, shares: Sequence[float]) -> tuple[ChunkPlan, list[Account]]:
+        """The chunks where ``shares`` leave at each exit, and what each gate takes and saves with them."""
+        model, setup = self.model, self.setup
+        reach = [min(1.0, max(0.0, 1 - sum(shares[:stage]))) for stage in range(len(shares))]
+        plan = plan_chunks(times, reach, model.active, setup.batch_size, padded=bool(setup.sizes))
+        stages_ms, gates_ms = self._costs(times, plan)
+        return plan, accounts(shares, model.active, stages_ms, gates_ms)
+
+    def _costs(self, times: StageTimes, plan: ChunkPlan) -> tuple[list[float], tuple[float, ...]]:
+        """Milliseconds a sample of each stage and each gate, at the chunks of the plan."""
+        setup, chunks = self.setup, plan.chunks
+        stages_ms = [float(times.table([stage])[chunk]) / chunk for stage, chunk in enumerate(chunks)]
+        return stages_ms, gate_times(
+            self.model.staged, self.model.gates, setup.sample_shape, setup.dtype, setup.channels_last, chunks[:-1]
+        )
+
+    def _drop_losing_gates(self, times: StageTimes) -> None:
+        before = {account.gate: account for account in self.accounts}
+        stages_ms, gates_ms = self._costs(times, self.plan)
+        thresholds, shares = without_losses(self.model.point, self.setup.shares, stages_ms, gates_ms)
+        self.dropped = [before[g] for g in before if thresholds[g] == math.inf]
+        if self.dropped:
+            self.model.set_thresholds(thresholds)
+            self.plan, self.accounts = self._planned(times, shares)
 
     def _flow(
         self, batches: Iterable[tuple[Tensor, Predictions]], in_order: bool
@@ -134,6 +165,10 @@ class RefillExecutor:
     def _give(self, line: Line) -> None:
         line.clear()
         self._free.append(line)
+
+
+def _told(account: Account) -> str:
+    return f"gate {account.gate} takes {account.costs_ms:.3g} ms of a sample and saves {account.saves_ms:.3g} ms"
 
 
 def _advanced(line: Line, ledger: Ledger) -> Generator[Predictions, None, None]:
