@@ -12,18 +12,25 @@ stream has none. Both uses count alike, so of a sample that comes in, the stage 
 
 Where a gate is on, survivors are packed anyway and regrouping is free. At any other cut rows are copied unless the
 chunk before is a multiple of the one behind. The chunks that cost least follow by dynamic programming over the stages,
-whose state is the chunk of the stage before; so samples wait for each other only where that pays.
+whose state is the chunk of the stage before.
+
+Samples are to wait for each other only where that pays, and times of single stages promise more than a whole network
+keeps: one stage clears the caches of the next. So every stage runs on whole batches unless the chunks are expected to
+take less by `WORTH`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dgate_rt.plan import Floats, binomial_arrivals
+
+WORTH = 0.1
+"""The share of the expected time that chunks have to save."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +41,14 @@ class StageTimes:
     ms: tuple[tuple[float, ...], ...]  # [S][up to len(sizes)], of a whole batch; shorter where larger did not pay
     regroup: tuple[float, ...]  # [S - 1]; ms to copy one row of what crosses there
     complete: bool = True  # False if the machine was too busy for some sizes, whose times are then guessed
+
+    def at_all_sizes(self) -> StageTimes:
+        """Every stage at every size: where larger did not pay, a sample is taken to cost what it cost at the last."""
+        whole = []
+        for ms in self.ms:
+            a_sample = ms[-1] / self.sizes[len(ms) - 1]
+            whole.append((*ms, *(a_sample * size for size in self.sizes[len(ms) :])))
+        return replace(self, ms=tuple(whole))
 
     def table(self, stages: Sequence[int], padded: bool = False) -> Floats:  # [n + 1]
         """Milliseconds that some stages in a row take for 0, 1, ... samples, up to the largest size measured for all.
@@ -112,6 +127,19 @@ def plan_chunks(
             )
         plans = extended
     return min(plans.values(), key=_total)
+
+
+def worthwhile_chunks(
+    times: StageTimes, reach: Sequence[float], gated: Sequence[bool], batch_size: int, padded: bool = False
+) -> ChunkPlan:
+    """`plan_chunks`, or whole batches in every stage where chunks are not expected to save `WORTH`.
+
+    The arguments are those of `plan_chunks`; here every stage has times at every size, and the last is the batch size.
+    """
+    best = plan_chunks(times, reach, gated, batch_size, padded)
+    costs = [_costs(times, stage, share, batch_size, padded)[batch_size] for stage, share in enumerate(reach)]
+    whole = ChunkPlan((batch_size,) * len(costs), tuple(costs))
+    return best if sum(best.expected) <= (1 - WORTH) * sum(whole.expected) else whole
 
 
 def _total(plan: ChunkPlan) -> tuple[float, list[int]]:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dgate_rt.chunks import StageTimes, cut_up, plan_chunks
+from dgate_rt.chunks import StageTimes, cut_up, plan_chunks, worthwhile_chunks
 from dgate_rt.plan import binomial_arrivals
 
 RESNET101 = StageTimes(  # ms of a whole batch, eager float32 on two cores, by stage
@@ -114,6 +114,21 @@ def test_where_regrouping_does_not_pay_there_is_one_chunk():
     assert all(before % chunk == 0 for before, chunk in itertools.pairwise(chunks))
     gated = plan_chunks(dear, [1.0, 0.8, 0.5, 0.25], [True] * 3, 64).chunks  # survivors are packed anyway
     assert gated == plan_chunks(RESNET101, [1.0, 0.8, 0.5, 0.25], [True] * 3, 64).chunks
+
+
+def test_chunks_are_left_alone_where_they_save_little():
+    reach, gated = [1.0, 0.8, 0.5, 0.25], [True] * 3
+    whole = RESNET101.at_all_sizes()
+    assert worthwhile_chunks(whole, reach, gated, 64) == plan_chunks(whole, reach, gated, 64)  # saves a quarter
+    flat = StageTimes((1, 8, 64), ((2.0, 8.0, 64.0), (2.0, 8.0, 66.0), (9.0, 20.0, 64.0)), (0.0, 0.0))
+    plan = worthwhile_chunks(flat, [1.0, 0.5, 0.5], [True] * 2, 64)
+    assert plan.chunks == (64, 64, 64)
+    assert sum(plan.expected) < 1.05 * sum(plan_chunks(flat, [1.0, 0.5, 0.5], [True] * 2, 64).expected)
+
+
+def test_sizes_that_were_not_tried_cost_a_sample_what_the_last_did():
+    times = StageTimes((1, 2, 4), ((3.0, 4.0, 8.0), (1.0, 1.0), (5.0,)), (0.0, 0.0)).at_all_sizes()
+    assert times.ms == ((3.0, 4.0, 8.0), (1.0, 1.0, 2.0), (5.0, 10.0, 20.0))
 
 
 def test_what_does_not_fit_is_refused():

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from dgate_rt import ops
 from dgate_rt.accounts import Account, accounts, without_losses
-from dgate_rt.chunks import ChunkPlan, StageTimes, cut_up, plan_chunks
+from dgate_rt.chunks import ChunkPlan, StageTimes, cut_up, worthwhile_chunks
 from dgate_rt.executors.arena import Arena, Rows
 from dgate_rt.executors.base import GatedModel, Predictions, Setup
 from dgate_rt.executors.ledger import Ledger
@@ -45,7 +45,7 @@ class RefillExecutor:
             self.times = stage_times(
                 model.staged, setup.sample_shape, setup.dtype, model.thresholds.device, setup.channels_last,
                 setup.sizes or sizes_up_to(setup.batch_size), setup.engine, setup.remeasure,
-            )  # fmt: skip
+            ).at_all_sizes()  # fmt: skip
             self.plan, self.accounts = self._planned(self.times, setup.shares)
             if setup.losing_gates == "off":
                 self._drop_losing_gates(self.times)
@@ -96,7 +96,7 @@ class RefillExecutor:
         """The chunks where ``shares`` leave at each exit, and what each gate takes and saves with them."""
         model, setup = self.model, self.setup
         reach = [min(1.0, max(0.0, 1 - sum(shares[:stage]))) for stage in range(len(shares))]
-        plan = plan_chunks(times, reach, model.active, setup.batch_size, padded=bool(setup.sizes))
+        plan = worthwhile_chunks(times, reach, model.active, setup.batch_size, padded=bool(setup.sizes))
         stages_ms, gates_ms = self._costs(times, plan)
         return plan, accounts(shares, model.active, stages_ms, gates_ms)
 
@@ -158,7 +158,9 @@ class RefillExecutor:
     def _renewed(self, line: Line | None) -> Line:
         """The line itself under the thresholds of now, or another where gates were switched."""
         if line is None or line.active != self.model.active:
-            return Line(self.model, self.plan.chunks, self.times, padded=bool(self.setup.sizes))
+            setup, chunks = self.setup, self.plan.chunks
+            whole = not setup.sizes and set(chunks) == {setup.batch_size}  # then remainders are not cut up either
+            return Line(self.model, chunks, None if whole else self.times, padded=bool(setup.sizes))
         line.renew()
         return line
 
