@@ -68,12 +68,14 @@ def write_page(path: Path, found: dict[str, Any], rows: Sequence[Row], source: s
 
 def _page(found: dict[str, Any], rows: Sequence[Row], source: str, pictures: dict[str, str]) -> Iterator[str]:
     machine = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in found["machine"].items() if value)
-    commits = sorted({group["commit"] or "unknown" for group in found["groups"].values()})
+    commands, commits = (
+        sorted({group[of] or "unknown" for group in found["groups"].values()}) for of in ("command", "commit")
+    )
     yield "# Performance"
     yield ""
     yield "<!-- Written by `dgate bench --page`; change bench/page.py, not this file. -->"
     yield ""
-    yield f"`{' '.join(found['command'])}`, on {machine}; commit {', '.join(c[:12] for c in commits)}. All rows are in"
+    yield f"`{'`, `'.join(commands)}`, on {machine}; commit {', '.join(c[:12] for c in commits)}. All rows are in"
     yield f"[{source}]({source}). Times are medians with p20 and p80, speed-ups medians of ratios taken round by round."
     yield "Weights are random and images noise: speed does not depend on them; thresholds give a wanted exit mix."
     yield "Before a way is timed its answers are compared with dense execution and post-hoc gating."

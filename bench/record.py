@@ -61,7 +61,8 @@ class Results:
 
     def __init__(self, path: Path | None, command: Sequence[str]) -> None:
         self._path = path
-        self._found: dict[str, Any] = {"command": list(command), "machine": machine_header(), "groups": {}}
+        self._command = " ".join(command)
+        self._found: dict[str, Any] = {"machine": machine_header(), "groups": {}}
         if path is None or not path.exists():
             return
         try:
@@ -79,7 +80,8 @@ class Results:
 
     def add(self, group: Group, rows: Sequence[Row]) -> None:
         """Keep a group, in the file as well."""
-        self._found["groups"][group.name] = {"commit": commit(), "rows": [asdict(row) for row in rows]}
+        found = {"command": self._command, "commit": commit(), "rows": [asdict(row) for row in rows]}
+        self._found["groups"][group.name] = found
         if self._path is not None:
             with whole_file(self._path) as file:
                 json.dump(finite(self._found), file, indent=1, allow_nan=False)

@@ -23,6 +23,7 @@ _QUICK_PARTS = ("mixes", "overhead", "latency", "contest", "streams")
         "dgate bench --quick",
         "dgate bench -o results.json                 (resumes where it was interrupted)",
         "dgate bench -p contest -p streams",
+        "dgate bench -p mixes --only 'ResNet-101, eager float32, B 64'",
         "dgate bench -o results.json --page performance.md",
     )
 )
@@ -33,6 +34,9 @@ def bench(
     part: Annotated[
         list[str] | None, typer.Option("--part", "-p", help="Only this part; may be repeated. All parts by default.")
     ] = None,
+    only: Annotated[
+        str, typer.Option("--only", help="Only groups whose name has this in it, such as 'ViT' or 'B 64'.")
+    ] = "",
     repeats: Annotated[int | None, typer.Option("--repeats", min=1, help="Rounds; medians are over them.")] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Keep everything in this JSON file, and go on from it.")
@@ -61,7 +65,7 @@ def bench(
     if unknown:
         raise ValueError(f"part: expected one of {', '.join(suite.PARTS)}, got {unknown[0]!r}")
     results = Results(output, ["dgate", *sys.argv[1:]])
-    left = [group for group in suite.groups(scale, parts) if group.name not in results]
+    left = [group for group in suite.groups(scale, parts) if only in group.name and group.name not in results]
     for group in track(left, "groups"):
         note(group.name)
         results.add(group, group.measure())
