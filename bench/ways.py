@@ -118,13 +118,14 @@ class Ways:
 def measure(part: str, groups: Sequence[Ways], repeats: int) -> list[Row]:
     """Time all ways of all groups in turn; a row each, with its speed-up over the dense ways of its own group.
 
-    Of several groups each row also has its speed-up over the best dense way of all.
+    Of several groups each row also has its speed-up over the best dense way of the first group's network.
     """
     found = [(group, way) for group in groups for way in group.ways]
     timings = interleaved([way.run for _, way in found], repeats)
     a_sample = [timing.per(group.count) for (group, _), timing in zip(found, timings, strict=True)]
     dense = [i for i, (_, way) in enumerate(found) if way.name in (DENSE, CHUNKED)]
-    best = min(dense, key=lambda i: a_sample[i].median)
+    same = [i for i in dense if found[i][0].case.network == groups[0].case.network]
+    best = min(same, key=lambda i: a_sample[i].median)
     rows = []
     for (group, way), ms in zip(found, a_sample, strict=True):
         own = {found[i][1].name: a_sample[i] for i in dense if found[i][0] is group}
