@@ -1,14 +1,21 @@
-"""docs/performance.md from the JSON of `dgate bench`: tables, plots, and where gating does not pay."""
+"""docs/performance.md from the JSON of `dgate bench`: tables, plots, and where gating does not pay.
+
+    python -m dgate_rt.bench.page bench/results/cpu-2-cores.json docs/performance.md
+
+writes it again from what was measured, as ``dgate bench --page`` does.
+"""
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from dgate_rt import figures
 from dgate_rt.bench import plots
-from dgate_rt.bench.record import Row
+from dgate_rt.bench.record import Row, load_rows
 from dgate_rt.bench.targets import mix_name, verdicts
 from dgate_rt.bench.ways import CHUNKED, DENSE
 
@@ -144,3 +151,8 @@ def _does_not_pay(rows: Sequence[Row]) -> Iterator[str]:
     yield f"Rows less than {LITTLE:g} times as fast as the same network without gates, in chunks if measured so:"
     yield ""
     yield from lines
+
+
+if __name__ == "__main__":
+    results, page = map(Path, sys.argv[1:])
+    write_page(page, *load_rows(results), os.path.relpath(results, page.parent))

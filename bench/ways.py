@@ -61,11 +61,10 @@ class Ways:
         """Images of a round."""
         return len(self.work.workload.images)
 
-    def compile(self, program: GateProgram, executor: str, **options: object) -> Runtime:
+    def compile(self, program: GateProgram, executor: str) -> Runtime:
         """`dgate_rt.compile`, whose stages are compiled once for all programs of this process."""
         engine = self.engine if self.engine == "eager" else kept(self.engine)
-        given = {"batch_size": self.batch_size, "dtype": self.dtype, "engine": engine, **options}
-        return compile(program, executor=executor, **given)  # type: ignore[arg-type]
+        return compile(program, executor=executor, batch_size=self.batch_size, dtype=self.dtype, engine=engine)
 
     def add_dense(self) -> None:
         """The network as one piece, every image through all of it."""

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from dgate_rt.bench import contest, latency, memory, mixes, overhead, page, streams, suite, targets, ways
 from dgate_rt.bench.cases import TINY, Case, make_case
-from dgate_rt.bench.record import Group, Results, Row
+from dgate_rt.bench.record import Group, Results, Row, load_rows
 from dgate_rt.bench.workload import NO_EXIT, PAPER_MIXES
 from dgate_rt.cli import app
 from dgate_rt.engines import precision
@@ -175,6 +175,13 @@ def test_the_page_tells_what_does_not_pay(tmp_path: Path) -> None:
     assert "| .20 .30 .25 .25 | refill | 1.00 [1.00–1.00] | 1.95× | 1.50× |" in text
     assert "- `refill`: 0.99× dense, chunked (CIFAR ResNet-101, eager float32, B 64, nobody leaves)" in text
     assert "<svg" in (tmp_path / "performance" / "contest.svg").read_text()
+
+
+def test_the_docs_are_what_their_command_writes(tmp_path: Path) -> None:
+    root = Path(__file__).resolve().parent.parent
+    written, results = root / "docs" / "performance.md", root / "bench" / "results" / "cpu-2-cores.json"
+    page.write_page(tmp_path / "performance.md", *load_rows(results), "../bench/results/cpu-2-cores.json")
+    assert (tmp_path / "performance.md").read_text() == written.read_text()
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dgate_rt import ops
 from dgate_rt.errors import ExecutorError
-from dgate_rt.executors.base import GatedModel, Predictions, Setup, row_dense
+from dgate_rt.executors.base import GatedModel, Predictions, Setup, empty_rows, row_dense
 from dgate_rt.executors.capturable import refuse_uncapturable
 from dgate_rt.executors.captures import Captures
 from dgate_rt.executors.early import UNANSWERED, publish, unanswered
@@ -215,7 +215,7 @@ class CapturedStages:
     def _arena(self, boundary: Boundary, buckets: StageBuckets) -> Arena:
         size = self.setup.batch_size
         with torch.inference_mode(False):
-            rows = tuple(_empty_like_rows(row_dense(t)) for t in as_tuple(boundary))
+            rows = tuple(empty_rows(row_dense(t), size) for t in as_tuple(boundary))
             ids = torch.zeros(size, dtype=torch.int64, device=self._device)
             return Arena(
                 rows, isinstance(boundary, Tensor), ids, self._int32(0), self._sizes(*buckets.sizes), self._int32(0)
@@ -248,12 +248,6 @@ def segments(active: tuple[bool, ...]) -> list[Segment]:
             found.append(Segment(range(start, g + 1), g))
             start = g + 1
     return [*found, Segment(range(start, len(active) + 1), None)]
-
-
-def _empty_like_rows(t: Tensor) -> Tensor:
-    """Memory for as many rows, each laid out as those of ``t``, one behind the other."""
-    row = t[0].numel()
-    return torch.empty(len(t) * row, dtype=t.dtype, device=t.device).as_strided(t.shape, (row, *t.stride()[1:]))
 
 
 def _mebibytes(count: int) -> str:

@@ -85,8 +85,8 @@ class CudaCaptures:
 
 def first_cause(error: BaseException) -> BaseException:
     """What went wrong first: the end of a capture that failed raises an error of its own over it."""
-    while error.__cause__ or error.__context__:
-        error = error.__cause__ or error.__context__  # type: ignore[assignment]
+    while (before := error.__cause__ or error.__context__) is not None:
+        error = before
     return error
 
 
