@@ -1,6 +1,7 @@
 """Training a backbone from scratch, and the recipe of the demo.
 
-Nesterov SGD under a one-cycle schedule, in bfloat16 where the hardware multiplies it natively.
+Nesterov SGD under a one-cycle schedule, in bfloat16 where the hardware multiplies it natively; label smoothing
+(Szegedy et al. 2016) and mixup (Zhang et al. 2018) where asked for.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ class _Settings:
     momentum: float
     weight_decay: float
     label_smoothing: float
+    mixup: float
     seed: int
     bfloat16: bool
 
@@ -76,6 +78,7 @@ def train_backbone(
     momentum: float = 0.9,
     weight_decay: float = 5e-4,
     label_smoothing: float = 0.0,
+    mixup: float = 0.0,
     augment: bool = False,
     seed: int = 0,
     device: torch.device | str = "cpu",
@@ -96,7 +99,8 @@ def train_backbone(
         batch_size: of the loader made from a bundle; a loader keeps its own.
         momentum: of Nesterov SGD.
         weight_decay: of matrices and kernels; norms and biases do not decay.
-        label_smoothing: of the cross-entropy.
+        label_smoothing: of the cross-entropy, in [0, 1).
+        mixup: alpha of the Beta(alpha, alpha) by which pairs of images and their losses are mixed; 0 for none.
         augment: random crops (and flips), where ``source`` is a bundle.
         seed: of the order of samples and of augmentation. The weights are initialised before, by whoever made them.
         device: where to train; the model is moved there.
@@ -120,8 +124,12 @@ def train_backbone(
         raise ValueError(f"source: expected a loader of known length, one batch at least, got length {steps}")
     if epochs < 1 or not lr > 0:
         raise ValueError(f"epochs and lr must be positive, got epochs={epochs}, lr={lr}")
+    if not 0 <= label_smoothing < 1 or not 0 <= mixup < math.inf:
+        raise ValueError(
+            f"expected label_smoothing in [0, 1) and mixup >= 0, got label_smoothing={label_smoothing}, mixup={mixup}"
+        )
     half = native_bfloat16(device) if bfloat16 is None else bfloat16
-    settings = _Settings(epochs, steps, lr, momentum, weight_decay, label_smoothing, seed, half)
+    settings = _Settings(epochs, steps, lr, momentum, weight_decay, label_smoothing, mixup, seed, half)
     model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = _optimizer(model, settings)
     history: list[Epoch] = []
@@ -185,6 +193,15 @@ def _forward(
         return model(x.to(device).contiguous(memory_format=layout)).float(), y.to(device)
 
 
+def _mixed(x: Tensor, alpha: float) -> tuple[Tensor, Tensor, float]:  # images, the other of each pair, share of the one
+    order = torch.arange(len(x))
+    if alpha == 0:
+        return x, order, 1.0
+    share = float(torch.distributions.Beta(alpha, alpha).sample())
+    order = torch.randperm(len(x))
+    return torch.lerp(x[order], x, share), order, share
+
+
 def _one_epoch(
     model: nn.Module,
     batches: Iterable[tuple[Tensor, Tensor]],
@@ -198,8 +215,12 @@ def _one_epoch(
     for step, (x, y) in enumerate(batches, first_step):
         for group in optimizer.param_groups:
             group["lr"] = settings.learning_rate(step)
+        x, order, share = _mixed(x, settings.mixup)
         logits, target = _forward(model, x, y, device, settings.bfloat16)
-        loss = nn.functional.cross_entropy(logits, target, label_smoothing=settings.label_smoothing)
+        loss = share * nn.functional.cross_entropy(logits, target, label_smoothing=settings.label_smoothing)
+        if share < 1:
+            other = target[order.to(target.device)]
+            loss += (1 - share) * nn.functional.cross_entropy(logits, other, label_smoothing=settings.label_smoothing)
         if not loss.isfinite():
             raise ValueError(f"loss: {loss.item()} at step {step}; lower lr, or look for NaN in the images")
         optimizer.zero_grad()

@@ -60,12 +60,12 @@ def test_the_demo_is_deep_enough():
     assert len(backbones.default_cuts(pretrain.DEMO.name)) == 3
 
 
-@pytest.mark.parametrize("augment", [False, True], ids=["plain", "augmented"])
-def test_a_seed_fixes_the_weights(digits, augment):
+@pytest.mark.parametrize("changes", [{}, {"augment": True}, {"mixup": 0.4}], ids=["plain", "augmented", "mixed"])
+def test_a_seed_fixes_the_weights(digits, changes):
     models = [_network() for _ in range(3)]
     for model, seed in zip(models, (3, 3, 4), strict=True):
         torch.rand(seed)  # what happened before does not matter
-        _train(model, digits, seed=seed, augment=augment, epochs=1)
+        _train(model, digits, seed=seed, epochs=1, **changes)
     assert _same(models[0], models[1])
     assert not _same(models[0], models[2])
 
@@ -138,6 +138,45 @@ def _backbone() -> tuple[nn.Module, backbones.BackboneMeta]:
     return meta.build(), meta
 
 
+class _Last(nn.Module):
+    """Keeps the batch that it was given last, and answers with logits that do not depend on it."""
+
+    def __init__(self):
+        super().__init__()
+        self.logits = nn.Parameter(torch.tensor([2.0, 0.0, 0.0]))
+
+    def forward(self, x):
+        self.x = x
+        return self.logits.expand(len(x), 3)
+
+
+def test_mixup_mixes_pairs_of_images_and_their_losses_alike():
+    """Image i is i everywhere, so an image that was mixed tells of what, and the loss has to be mixed likewise."""
+    x, y = torch.arange(4.0)[:, None].expand(4, 3), torch.tensor([0, 0, 0, 1])
+    model = _Last()
+    surprise = -model.logits.detach().log_softmax(0)
+    (epoch,) = _train(model, [(x, y)], epochs=1, mixup=1.0, seed=2)
+    image = model.x[:, 0].reshape(-1)
+    with torch.random.fork_rng():
+        torch.manual_seed(2 * 1_000_003)
+        share, order = float(torch.distributions.Beta(1.0, 1.0).sample()), torch.randperm(4)
+    assert 0.05 < share < 0.95
+    assert order.tolist() != [0, 1, 2, 3]
+    torch.testing.assert_close(image, share * torch.arange(4.0) + (1 - share) * order)
+    expected = share * surprise[y].mean() + (1 - share) * surprise[y[order]].mean()
+    assert epoch.loss == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_label_smoothing_keeps_the_network_from_being_sure(digits):
+    x = digits.val[list(range(64))][0]
+    sure = []
+    for smoothing in (0.0, 0.3):
+        model = _network()
+        _train(model, digits, epochs=4, label_smoothing=smoothing)
+        sure.append(float(model(x).detach().softmax(1).amax(1).mean()))
+    assert sure[1] < sure[0] - 0.1
+
+
 def test_only_matrices_and_kernels_decay(digits):
     """With a rate too small to learn by, weight decay is all that moves the weights."""
     model, start = _network(), _network()
@@ -150,7 +189,7 @@ def test_only_matrices_and_kernels_decay(digits):
 
 
 def test_the_learning_rate_rises_for_a_quarter_and_falls_to_nothing():
-    settings = pretrain._Settings(10, 10, 0.4, 0.9, 0, 0, 0, False)
+    settings = pretrain._Settings(10, 10, 0.4, 0.9, 0, 0, 0, 0, False)
     rates = [settings.learning_rate(step) for step in range(100)]
     peak = rates.index(max(rates))
     assert peak == 25
@@ -180,6 +219,8 @@ def test_bfloat16_is_chosen_where_the_hardware_has_it(monkeypatch):
         pytest.param(iter([]), {}, "got length None", id="no-length"),
         pytest.param([(0, 0)], {"epochs": 0}, "must be positive, got epochs=0", id="epochs"),
         pytest.param([(0, 0)], {"lr": 0.0}, "must be positive, .*lr=0", id="lr"),
+        pytest.param([(0, 0)], {"label_smoothing": 1.0}, r"label_smoothing in \[0, 1\)", id="smoothing"),
+        pytest.param([(0, 0)], {"mixup": -1.0}, "mixup >= 0, got .*mixup=-1", id="mixup"),
         pytest.param(
             [(torch.full((2, 1, 8, 8), float("nan")), torch.tensor([0, 1]))], {}, "loss: nan at step 0", id="nan"
         ),

@@ -45,6 +45,8 @@ class CostName(str, Enum):
 @app.command(
     epilog=examples(
         "dgate train --data digits --backbone resnet26 --width 0.25 -o net.safetensors",
+        "dgate train --data cluttered-mnist --backbone resnet101 --width 0.25 --lr 0.1 --label-smoothing 0.1 "
+        "--checkpoint training.safetensors -o net.safetensors",
         "dgate train --data cifar10 --root ~/data --download --backbone resnet101 --device cuda -o net.safetensors",
     )
 )
@@ -58,6 +60,10 @@ def train(
     epochs: Annotated[int, typer.Option("--epochs", min=1, help="Passes over the training data.")] = 10,
     lr: Annotated[float, typer.Option("--lr", help="Highest step size.")] = 0.2,
     augment: Annotated[bool, typer.Option(help="Shift training images at random, and mirror photographs.")] = True,
+    label_smoothing: Annotated[
+        float, typer.Option("--label-smoothing", help="Share of each label that is spread over all classes.")
+    ] = 0.0,
+    mixup: Annotated[float, typer.Option("--mixup", help="Mix pairs of images, by a Beta of this; 0 for none.")] = 0.0,
     batch_size: BatchSize = 64,
     root: Root = None,
     download: Download = False,
@@ -89,6 +95,8 @@ def train(
         bundle.loader("train", batch_size, shuffle=True, workers=workers, augment=augment),
         epochs=epochs,
         lr=lr,
+        label_smoothing=label_smoothing,
+        mixup=mixup,
         augment=augment,
         seed=seed,
         device=torch_device,
