@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from programs import all_margins, in_band, make_program, random_gates, thresholds_between, thresholds_for
+from programs import all_margins, in_band, make_program, random_gates, thresholds_for
 from torch import nn
 
 import dgate_rt as dg
@@ -45,7 +45,7 @@ def random_program(seed, widths, batch, share, off):
     staged = StagedModel([*layers, nn.Linear(widths[-1], 4)]).eval()
     x = torch.randn(batch, 6)
     gates = random_gates(staged, x, classes=4)
-    thresholds = thresholds_between(all_margins(staged, gates, x), share)
+    thresholds = thresholds_for(all_margins(staged, gates, x), share)
     thresholds = [math.inf if g in off else t for g, t in enumerate(thresholds)]
     return make_program(staged, gates, thresholds, x), x
 

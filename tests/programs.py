@@ -44,18 +44,14 @@ def all_margins(staged: StagedModel, gates: nn.ModuleList, x: Tensor) -> Tensor:
 
 
 def thresholds_for(margins: Tensor, share: float) -> tuple[float, ...]:
-    """Thresholds that let about ``share`` of all samples leave at each gate; 0 is none, 1 all."""
-    if share in (0.0, 1.0):
-        bound = margins.max() + 1 if share == 0.0 else margins.min() - 1
-        return (float(bound),) * len(margins)
-    return tuple(margins.quantile(1 - share, dim=1).tolist())
+    """Thresholds that let about ``share`` of all samples leave at each gate; 0 is none, 1 all.
 
-
-def thresholds_between(margins: Tensor, share: float) -> tuple[float, ...]:
-    """`thresholds_for`, each halfway between two samples, so that few lie in the band."""
+    Each lies halfway between two samples, so that float error decides about few.
+    """
     k = round(share * margins.shape[1])
     if k in (0, margins.shape[1]):
-        return thresholds_for(margins, float(k > 0))
+        bound = margins.max() + 1 if k == 0 else margins.min() - 1
+        return (float(bound),) * len(margins)
     ordered = margins.sort(1, descending=True).values
     return tuple(((ordered[:, k - 1] + ordered[:, k]) / 2).tolist())
 

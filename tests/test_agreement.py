@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from networks import NETWORKS
-from programs import all_margins, in_band, make_program, random_gates, thresholds_between
+from programs import all_margins, in_band, make_program, random_gates, thresholds_for
 
 import dgate_rt as dg
 from dgate_rt import ops, reference
@@ -34,7 +34,7 @@ def test_every_executor_agrees_with_dense_and_post_hoc_gating(name):
         )
     seen = set()
     for share in (0.0, 0.3, 0.7, 1.0):
-        thresholds = thresholds_between(margins, share)
+        thresholds = thresholds_for(margins, share)
         with torch.inference_mode():
             labels, scores, exits = reference.predict(staged, gates, thresholds, x)
         band = in_band(margins, thresholds)

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from programs import all_margins, make_program, random_gates, thresholds_between
+from programs import all_margins, make_program, random_gates, thresholds_for
 from torch import Tensor
 
 import dgate_rt as dg
@@ -204,7 +204,7 @@ def test_early_answers_reach_the_host_while_the_last_stage_runs() -> None:
     late = torch.nn.Sequential(Sleeps(), torch.nn.Linear(8, 4))
     staged, x = dg.StagedModel([torch.nn.Linear(8, 8), late]).eval(), torch.randn(64, 8)
     gates = random_gates(staged, x, classes=4)
-    program = make_program(staged, gates, thresholds_between(all_margins(staged, gates, x), 0.5), x)
+    program = make_program(staged, gates, thresholds_for(all_margins(staged, gates, x), 0.5), x)
     run = dg.compile(program, batch_size=64, device="cuda", executor="graph", early_answers=True)
     expected = run(x.cuda()).exits.cpu()
     ticket = run.submit(x.cuda())

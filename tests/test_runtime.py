@@ -78,7 +78,7 @@ def test_dense_is_the_network_itself(tiny_staged, tiny_gates, tiny_images):
 @pytest.mark.parametrize("batch_size", [1, 7, 31, 64], ids="B={}".format)
 def test_a_batch_larger_than_batch_size_is_cut_up(tiny_staged, tiny_gates, tiny_images, batch_size):
     margins = all_margins(tiny_staged, tiny_gates, tiny_images)
-    program = make_program(tiny_staged, tiny_gates, thresholds_for(margins, 0.3), tiny_images)
+    program = make_program(tiny_staged, tiny_gates, thresholds_for(margins, 0.4), tiny_images)
     whole = dg.compile(program, batch_size=31)(tiny_images)
     parts = dg.compile(program, batch_size=batch_size)(tiny_images)
     assert torch.equal(whole.exits, parts.exits)
