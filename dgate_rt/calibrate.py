@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -35,7 +36,8 @@ def calibrate(
 
     Margins are collected once. Thresholds are then selected gate after gate as in the paper (section 3.1, training
     setup), and improved by a joint search over all exact candidates, so the result is never dearer than the paper's.
-    The cost of the gates themselves counts. The program carries the whole accuracy/cost frontier.
+    The cost of the gates themselves counts. The program carries the whole accuracy/cost frontier,
+    and the scores of the validation samples, which a monitor compares with (`Runtime.monitor`).
 
     Args:
         staged: the network, cut.
@@ -62,6 +64,7 @@ def calibrate(
     checked = _check_gates(staged, gates)
     with frozen(staged):
         trace, example = collect_trace(staged, checked, loader, device=device, progress=progress)
+        assert trace.network_scores is not None
         if not staged.checked:  # made by hand, or split without an example
             check_stages(staged.stages, distinct_rows(example, 3))
         costs = measure_costs(staged, checked, example, cost)
@@ -83,6 +86,7 @@ def calibrate(
         network_accuracy=trace.network_accuracy,
         input_shape=tuple(example.shape[1:]),
         input_dtype=example.dtype,
+        scores=torch.from_numpy(np.concatenate([trace.margins, trace.network_scores[None]])),
     )
 
 

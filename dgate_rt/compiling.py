@@ -41,6 +41,7 @@ def compile(
     remeasure: bool = False,
     losing_gates: Literal["keep", "off"] = "keep",
     early_answers: bool = False,
+    monitor: bool = False,
 ) -> Runtime:
     """Make a program ready to run.
 
@@ -73,6 +74,8 @@ def compile(
             answers; ``"off"`` switches them off.
         early_answers: prepare for `Runtime.submit`, which shows answers as soon as the gate that gave them has run; for
             ``"eager"`` on the CPU, and ``"graph"``.
+        monitor: count on the device where samples leave and with what scores, and compare that with the validation
+            samples when asked (`Runtime.monitor`): whether the data have drifted, without labels.
 
     Raises:
         TypeError: if ``program`` is no program, or ``engine`` neither a name nor a function.
@@ -148,7 +151,7 @@ def compile(
         engine=staged.engine,
         sizes=staged.sizes(0),
     )
-    return Runtime(program, model, EXECUTORS[executor](model, setup), reason, setup, staged)
+    return Runtime(program, model, EXECUTORS[executor](model, setup), reason, setup, staged, monitor)
 
 
 def _sizes(

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from dgate_rt.cost import Costs
+from dgate_rt.drift import Reference
 from dgate_rt.errors import ProgramError, SplitError
 from dgate_rt.frontier import Frontier, OperatingPoint
 from dgate_rt.gate import Gate
@@ -76,11 +77,14 @@ class GateProgram:
     network_accuracy: float  # of the whole network on validation data
     input_shape: tuple[int, ...]  # one sample
     input_dtype: torch.dtype
+    scores: torch.Tensor | None = None  # [G + 1, N] float32; of gates and network on validation samples, if kept
 
     def __post_init__(self) -> None:
         check_thresholds(self.thresholds, len(self.gates))
         if len(self.gates) != self.staged.gate_count:
             raise ValueError(f"gates: expected {self.staged.gate_count}, one a cut, got {len(self.gates)}")
+        if self.scores is not None and (self.scores.ndim != 2 or len(self.scores) != len(self.gates) + 1):
+            raise ValueError(f"scores: expected shape [{len(self.gates) + 1}, N], got {list(self.scores.shape)}")
 
     def at(
         self,
@@ -110,6 +114,17 @@ class GateProgram:
         """Share of the dense network's cost that is saved on validation data."""
         return 1 - self.point.cost / self.costs.dense
 
+    def reference(self, thresholds: Sequence[float] | None = None) -> Reference:
+        """Where the validation samples leave at any thresholds, and with what scores; by default at its own.
+
+        A program that keeps no scores, as older files do, gives a reference without samples.
+
+        Raises:
+            TypeError, ValueError: if the thresholds are not numbers, or not as many as gates.
+        """
+        point = self.thresholds if thresholds is None else check_thresholds(thresholds, len(self.gates))
+        return Reference.unknown(point) if self.scores is None else Reference.at(self.scores, point)
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the program, without the backbone, to one safetensors file; whole or not at all.
 
@@ -124,6 +139,8 @@ class GateProgram:
             "frontier.shares": torch.tensor([p.shares for p in points], dtype=torch.float64),
             "thresholds": torch.tensor(self.thresholds, dtype=torch.float64),
         }
+        if self.scores is not None:
+            tensors["scores"] = self.scores.contiguous()
         for g, gate in enumerate(self.gates):
             tensors[f"gates.{g}.weight"] = gate.weight.detach().cpu().clone()  # a gate may serve two cuts
             tensors[f"gates.{g}.bias"] = gate.bias.detach().cpu().clone()
@@ -227,6 +244,7 @@ def _attach(tensors: dict[str, torch.Tensor], header: dict[str, Any], staged: St
         network_accuracy=header["network_accuracy"],
         input_shape=tuple(header["input_shape"]),
         input_dtype=getattr(torch, header["input_dtype"]),
+        scores=tensors.get("scores"),
     )
 
 

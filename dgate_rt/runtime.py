@@ -24,6 +24,7 @@ from dgate_rt.executors import (
     StreamingExecutor,
     Ticket,
 )
+from dgate_rt.monitor import Monitor, Window
 from dgate_rt.program import GateProgram, check_thresholds
 
 
@@ -38,6 +39,7 @@ class Runtime:
         reason: str,
         setup: Setup,
         stages: EngineStages,
+        monitored: bool = False,
     ) -> None:
         self.program = program
         self.batch_size = setup.batch_size
@@ -50,11 +52,23 @@ class Runtime:
         self._executor = executor
         self._setup = setup
         self.stages = stages
+        self._monitor = Monitor(program.reference, self._gating, self.device) if monitored else None
 
     @property
     def thresholds(self) -> tuple[float, ...]:
         """The operating point in force, length G."""
         return self._model.point
+
+    @property
+    def monitor(self) -> Monitor:
+        """Where samples left and with what scores, and whether that is what validation samples did.
+
+        Raises:
+            ExecutorError: unless compiled with ``monitor=True``.
+        """
+        if self._monitor is None:
+            raise ExecutorError("monitor: compile the program with monitor=True")
+        return self._monitor
 
     @property
     def input(self) -> Tensor | None:  # [batch_size, ...]
@@ -68,12 +82,16 @@ class Runtime:
     def set_thresholds(self, thresholds: Sequence[float] | Tensor) -> None:
         """Move the operating point; holds from the next batch on. ``+inf`` switches a gate off.
 
+        A monitor begins anew, unless they are those in force.
+
         Raises:
             TypeError: if it is no sequence of numbers.
             ValueError: if there are not as many as gates, or one is NaN.
         """
         values = check_thresholds(thresholds, len(self._model.gates))
         self._model.set_thresholds(values)
+        if self._monitor is not None:
+            self._monitor.moved_to(self._gating)
 
     @torch.inference_mode()
     def __call__(
@@ -87,10 +105,12 @@ class Runtime:
             ValueError: if its shape or device is another.
         """
         self._check(x)
-        out = self._empty(len(x))
+        window, out = self._window(), self._empty(len(x))
         if len(x) > 0:
             for part, rows in self._cut(x, out):
                 self._executor.run(part, rows)
+        if window is not None:
+            window.add(out)
         return out
 
     def submit(
@@ -112,8 +132,12 @@ class Runtime:
         self._check(x)
         if len(x) > self.batch_size:
             raise ValueError(f"x: expected at most batch_size={self.batch_size} samples to submit, got {len(x)}")
+        window = self._window()
         with torch.inference_mode():
-            return self._executor.submit(self._laid_out(x))
+            ticket = self._executor.submit(self._laid_out(x))
+        if window is not None:
+            self.monitor.submitted(ticket, window)
+        return ticket
 
     @overload
     def stream(self, batches: Iterable[Tensor], in_order: Literal[True] = True) -> Iterator[Predictions]: ...
@@ -155,14 +179,14 @@ class Runtime:
             for index, x in enumerate(batches):
                 yield index, self(x)
             return
-        under_way: dict[int, _Batch] = {}  # by the identity of the answers to each of its parts
+        under_way: dict[int, tuple[_Batch, Window | None]] = {}  # by the identity of the answers to each part
 
         def parts() -> Iterator[tuple[Tensor, Predictions]]:
             for index, x in enumerate(batches):
                 self._check(x)
                 batch = _Batch(index, self._empty(len(x)), max(1, math.ceil(len(x) / self.batch_size)))
                 for part, rows in self._cut(x, batch.out):
-                    under_way[id(rows)] = batch
+                    under_way[id(rows)] = batch, self._window()
                     yield part, rows
 
         answer = executor.stream
@@ -170,7 +194,9 @@ class Runtime:
             answer = executor.as_finished
         with closing(answer(parts())) as answered:
             for rows in answered:
-                batch = under_way.pop(id(rows))
+                batch, window = under_way.pop(id(rows))
+                if window is not None:
+                    window.add(rows)
                 batch.parts_left -= 1
                 if batch.parts_left == 0:
                     yield batch.index, batch.out
@@ -216,6 +242,15 @@ class Runtime:
             lines.append(f"gate {g} after {cut}: {state}{shares[g]}")
         lines.append(f"exit {len(self.thresholds)}, the network's own classifier{shares[-1]}")
         return "\n".join([*lines, *self._executor.describe(), *self.stages.describe()])
+
+    @property
+    def _gating(self) -> tuple[float, ...]:
+        """The thresholds that decide who leaves: the dense executor asks no gate."""
+        return (math.inf,) * len(self.thresholds) if self.executor == "dense" else self.thresholds
+
+    def _window(self) -> Window | None:
+        """Where a batch that begins now is to be counted."""
+        return None if self._monitor is None else self._monitor.window
 
     def _empty(self, count: int) -> Predictions:
         with torch.inference_mode(False):  # ordinary tensors, which the caller may change

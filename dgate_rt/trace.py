@@ -36,6 +36,7 @@ class Trace:
     margins: NDArray[np.float32]  # [G, N]; -inf where the margin is not finite, since such a sample never leaves
     predictions: NDArray[np.int64]  # [G + 1, N]; the last row is the network's own classifier
     targets: NDArray[np.int64]  # [N]
+    network_scores: NDArray[np.float32] | None = None  # [N]; the network's largest logit, where it was run
 
     @cached_property
     def correct(self) -> NDArray[np.bool_]:  # [G + 1, N]
@@ -81,6 +82,7 @@ def collect_trace(
             integer classes in ``[0, K)``; or if a gate does not fit its features or the network's classes.
     """
     margins: list[Tensor] = []
+    network_scores: list[Tensor] = []
     predictions: list[Tensor] = []
     targets: list[Tensor] = []
     example: Tensor | None = None
@@ -91,9 +93,10 @@ def collect_trace(
                 continue
             if example is None:
                 example = x.to(device, copy=True)
-            batch_margins, batch_labels, classes = _score(staged, gates, x.to(device, copy=True))
+            batch_scores, batch_labels, classes = _score(staged, gates, x.to(device, copy=True))
             check_labels(y, classes, f"loader: batch {number}")
-            margins.append(batch_margins.cpu())
+            margins.append(batch_scores[:-1].cpu())
+            network_scores.append(batch_scores[-1].cpu())
             predictions.append(batch_labels.cpu())
             targets.append(y)
     if example is None:
@@ -102,15 +105,16 @@ def collect_trace(
         np.nan_to_num(torch.cat(margins, 1).numpy(), nan=-np.inf, posinf=-np.inf, neginf=-np.inf),
         torch.cat(predictions, 1).numpy(),
         torch.cat(targets).numpy(),
+        torch.cat(network_scores).numpy(),
     )
     return trace, example
 
 
 def _score(
     staged: StagedModel, gates: Sequence[Gate], x: Tensor
-) -> tuple[Tensor, Tensor, int]:  # margins [G, N], labels [G + 1, N], classes
+) -> tuple[Tensor, Tensor, int]:  # scores and labels [G + 1, N], classes
     """Every gate on what it reads, one by one, since the next stage may work in place; then the network itself."""
-    margins, labels = [x.new_empty((0, len(x)), dtype=torch.float32)], []
+    scores, labels = [], []
     boundary: Boundary = x
     for g, gate in enumerate(gates):
         boundary = run_stage(staged, g, boundary, "loader: x")
@@ -118,13 +122,13 @@ def _score(
         width = pooled_width(tuple(features.shape[1:]), gate.pool)
         if gate.width != width:
             raise ValueError(f"gates[{g}]: expected a gate of width {width} after {staged.cuts[g]}, got {gate.width}")
-        margin, label = gate.score(features)
-        margins.append(margin[None])
+        score, label = gate.score(features)
+        scores.append(score)
         labels.append(label)
     logits = run_stage(staged, len(gates), boundary, "loader: x")
     classes = class_count(logits, len(x))
     for g, gate in enumerate(gates):
         if gate.classes != classes:
             raise ValueError(f"gates[{g}]: expected {classes} classes, as the network has, got {gate.classes}")
-    _, label = margin_and_label(as_tuple(logits)[0].float())
-    return torch.cat(margins), torch.stack([*labels, label]), classes
+    score, label = margin_and_label(as_tuple(logits)[0].float())
+    return torch.stack([*scores, score]), torch.stack([*labels, label]), classes
