@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import subprocess
 import sys
 import types
@@ -209,6 +210,19 @@ def test_run_moves_on_the_frontier(made, digits, tmp_path):
     }
     assert sum(exits[1]) < sum(exits[0])
     assert set(exits[1]) == {0}  # with everything allowed the first gate answers all
+
+
+def test_run_tells_of_drift(made, digits, tmp_path):
+    np.save(tmp_path / "x.npy", digits.numpy())
+    np.save(tmp_path / "dark.npy", (digits // 4).numpy())
+    plain = dgate("run", made.program, made.net, tmp_path / "x.npy")
+    same, dark = (dgate("run", made.program, made.net, tmp_path / f"{name}.npy", "--monitor") for name in ("x", "dark"))
+    assert same.stdout == plain.stdout
+    assert "of validation" not in plain.stderr
+    assert re.search(r"^no drift seen: 40 samples against \d+ of validation", same.stderr, re.MULTILINE)
+    assert re.search(r"^drift: 40 samples against", dark.stderr, re.MULTILINE)
+    uncalibrated = dgate("run", made.gates, made.net, tmp_path / "x.npy", "--monitor").stderr
+    assert "no verdict on 40 samples" in uncalibrated
 
 
 def test_run_dense(made, digits, tmp_path):

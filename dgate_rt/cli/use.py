@@ -43,6 +43,7 @@ _UNREADABLE = 1  # exit code
         "dgate run program.safetensors net.safetensors photos/ > answers.csv",
         "dgate run program.safetensors net.safetensors images.npy -o answers.json",
         "dgate run program.safetensors net.safetensors photos/ --max-drop 0.02 --json",
+        "dgate run program.safetensors net.safetensors photos/ --monitor > answers.csv",
     )
 )
 def run(
@@ -66,6 +67,9 @@ def run(
     dtype: Dtype = None,
     batch_size: BatchSize = 256,
     device: Device = "cpu",
+    monitor: Annotated[
+        bool, typer.Option("--monitor", help="Tell at the end whether these images drifted from the validation data.")
+    ] = False,
     json_: Json = False,
 ) -> None:
     """Answer every image: its label, the score behind it, and the exit that answered.
@@ -81,7 +85,15 @@ def run(
     net, torch_device = open_network(network), device_of(device)
     chosen = _at(open_program(program, net), max_drop, program)
     source = open_images(images, chosen.input_shape, net.meta.stats, net.zoom)
-    runtime = compile(chosen, batch_size=batch_size, device=torch_device, executor=executor, engine=engine, dtype=dtype)
+    runtime = compile(
+        chosen,
+        batch_size=batch_size,
+        device=torch_device,
+        executor=executor,
+        engine=engine,
+        dtype=dtype,
+        monitor=monitor,
+    )
     key, classes = "file" if isinstance(source, ImageFolder) else "index", net.meta.classes
     as_json = json_ or (output is not None and output.suffix.lower() == ".json")
     exits: Counter[int] = Counter()
@@ -100,6 +112,8 @@ def run(
     total = sum(exits.values())
     shares = " / ".join(f"{exits[e] / max(total, 1):.1%}" for e in range(len(chosen.thresholds) + 1))
     say(f"{total} images, executor {runtime.executor}, engine {runtime.engine}; left at each exit: {shares}")
+    if monitor:
+        say(str(runtime.monitor.report()))
     if output is not None:
         say(f"wrote {output}")
     if unreadable:
