@@ -49,7 +49,7 @@ class Monitor:
     """Where samples leave a runtime, and with what scores; compiled with ``monitor=True``, it is ``run.monitor``.
 
     It counts what was answered since it was compiled, since `reset`, or since the thresholds were moved, whichever was
-    last. Threads may run batches at once. On CUDA it counts on the stream that the batch was run on.
+    last. Threads may run batches at once, and none is lost. On CUDA it counts on the stream that is current; use one.
 
     Args:
         reference_at: what to compare with at given thresholds.

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import dgate_rt as dg
 from dgate_rt import StagedModel, ops
+from dgate_rt.bench.host_work import HostWork
 from dgate_rt.drift import Reference
 from dgate_rt.monitor import Window
 
@@ -198,6 +199,18 @@ def test_the_host_reads_nothing_while_batches_are_counted(program):
             int(exits.sum())
 
 
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_a_monitor_adds_four_operators_to_a_call_and_no_read(program, tiny_images, executor):
+    found = []
+    for monitor in (False, True):
+        run = start(program, executor, batch_size=32, monitor=monitor)
+        run(tiny_images)
+        with HostWork() as work:
+            run(tiny_images)
+        found.append((work.operators, work.reads))
+    assert found[1] == (found[0][0] + 4, found[0][1])
+
+
 def test_without_a_monitor_nothing_is_counted(program, tiny_images, monkeypatch):
     run = start(program, "eager", monitor=False)
     monkeypatch.setattr(Window, "add", None)
@@ -221,6 +234,8 @@ def test_answers_may_be_changed_once_they_are_given(program, tiny_images):
 def test_a_calibrated_program_keeps_its_reference_on_disk(tiny_staged, tiny_gates, tiny_images, tmp_path):
     loader = DataLoader(TensorDataset(tiny_images, torch.arange(31) % 5), 8)
     program = dg.calibrate(tiny_staged, tiny_gates, loader, max_accuracy_drop=0.1, progress=False)
+    with torch.no_grad():
+        torch.testing.assert_close(program.scores[3], tiny_staged(tiny_images).amax(1))
     program.save(tmp_path / "p")
     loaded = dg.load(tmp_path / "p", tiny_staged)
     assert torch.equal(loaded.scores, program.scores)
