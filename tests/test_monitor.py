@@ -105,7 +105,7 @@ def test_tickets_are_counted_when_they_are_done(program, tiny_images, executor):
 def test_a_ticket_whose_batch_failed_is_not_counted(program, tiny_images):
     class Fails(torch.nn.Module):
         def forward(self, x):
-            if x.shape[2] and bool(x.isinf().any()):
+            if not x.isfinite().all():
                 raise RuntimeError("no")
             return x
 
