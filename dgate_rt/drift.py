@@ -5,8 +5,9 @@ the reports on samples like the validation samples is a false alarm, however man
 
 * whether its share of the samples moved: Fisher's exact test on the 2x2 table (Fisher 1934);
 * whether the scores of those that left there moved: ``D``, the largest distance between the two cumulative
-  histograms (Kolmogorov-Smirnov), has ``P(D >= d) <= e exp(-2 d^2 nm / (n + m))``, which is the inequality of
-  Dvoretzky, Kiefer and Wolfowitz for two samples (Massart 1990; Wei and Dudley 2012). Bins only make ``D`` smaller.
+  histograms (Kolmogorov-Smirnov), has ``P(D >= d) <= 4 exp(-2 d^2 nm / (sqrt(n) + sqrt(m))^2)``: the inequality of
+  Dvoretzky, Kiefer and Wolfowitz with Massart's constant (1990), of each sample for its part of ``d``, the parts in
+  such proportion that both are as likely. Bins only make ``D`` smaller.
 
 Both take the samples for independent of each other. Frames of one film are not, nor are many views of one object; and
 who asks again and again while samples pile up takes a new chance of a false alarm each time.
@@ -236,4 +237,4 @@ def _shift(now: Tensor, before: Tensor) -> tuple[float, float]:  # [E + 1] int64
         return 0.0, 1.0
     gaps = before.cumsum(0).double() / m - now.cumsum(0).double() / n
     shift = float(gaps[gaps.abs().argmax()])
-    return shift, min(1.0, math.exp(1 - 2 * shift**2 * n * m / (n + m)))
+    return shift, min(1.0, 4 * math.exp(-2 * shift**2 * n * m / (math.sqrt(n) + math.sqrt(m)) ** 2))
