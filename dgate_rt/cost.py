@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dgate_rt.executors.base import deploy, prefers_channels_last
@@ -34,6 +36,11 @@ class Costs:
     def dense(self) -> float:
         """Cost of a sample that runs every stage and no gate."""
         return sum(self.stages)
+
+    def to_exits(self, thresholds: Sequence[float]) -> NDArray[np.float64]:  # [G + 1]
+        """Cost of a sample that leaves at each exit; a gate that is off costs nothing."""
+        used = [0.0 if t == np.inf else cost for cost, t in zip(self.gates, thresholds, strict=True)]
+        return np.cumsum(self.stages) + np.cumsum([*used, 0.0])
 
 
 def stage_flops(

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from rich.console import Console
 from torch import Tensor
 
@@ -277,7 +276,7 @@ def _rows(
         program = programs.get(name)
         costs = next(iter(programs.values())).costs
         thresholds = program.thresholds if program else (math.inf,) * len(costs.gates)
-        cost = float(_costs_to_exit(costs.stages, costs.gates, thresholds)[found.exits.numpy()].mean())
+        cost = float(costs.to_exits(thresholds)[found.exits.numpy()].mean())
         ms = times[name]["median"]
         rows.append(
             TableRow(
@@ -291,14 +290,6 @@ def _rows(
             )
         )
     return tuple(rows)
-
-
-def _costs_to_exit(
-    stages: tuple[float, ...], gates: tuple[float, ...], thresholds: tuple[float, ...]
-) -> NDArray[np.float64]:  # [G + 1]
-    """Cost of a sample that leaves at each exit; a gate that is off costs nothing."""
-    used = [0.0 if t == math.inf else cost for cost, t in zip(gates, thresholds, strict=True)]
-    return np.cumsum(stages) + np.cumsum([*used, 0.0])
 
 
 def _warnings(rows: tuple[TableRow, ...]) -> tuple[str, ...]:

@@ -1,10 +1,11 @@
 """The accuracy/cost frontier: every operating point worth having, found on a validation trace.
 
-One primitive does all the work: with the other gates fixed, `_Search.scan` evaluates *every* threshold a gate can
-usefully have (one between each two neighbouring margins, and off) exactly, in O(N) after one sort. On it stand the
-paper's sequential choice (section 3.1), a Lagrangian descent that traces the whole frontier, and an exact search of
-pairs of gates around a target. Whatever any of them visits is a candidate for the frontier, so the result is never
-worse than the sequential one.
+One primitive does all the work: with the other gates fixed, `_Search.scan` evaluates every threshold of a gate's grid
+exactly, in O(N). The fine grid holds *every* threshold a gate can usefully have (one between each two neighbouring
+margins, and off), the coarse one about two thousand of them, evenly spread over the samples. On scans of the coarse
+grid stands a Lagrangian descent that traces the whole frontier; on those of the fine one the paper's sequential choice
+(section 3.1) and a search of pairs of gates around a target. Whatever any of them visits is a candidate for the
+frontier, so around a target the result is never worse than the sequential one.
 """
 
 from __future__ import annotations
@@ -24,8 +25,10 @@ Thresholds = tuple[float, ...]
 
 _EXHAUSTIVE_SCANS = 2_000
 """Up to this many scans, the pair search becomes a search of all combinations, and is exact."""
-_PAIR_CANDIDATES = 32
-"""Otherwise: values of the first gate of a pair that are tried, each with every value of the second."""
+_SPREAD = 32
+"""Otherwise: evenly spread values of the first gate of a pair that are tried, each with every value of the second."""
+_COARSE = 2_000
+"""Thresholds a gate on the coarse grid, and points around the target that the archive takes from a fine scan."""
 _MULTIPLIERS = np.geomspace(1e-2, 1e3, 48)
 """Prices of an error, in dense networks: the Lagrange multipliers of the descent."""
 _MOST_POINTS = 1_000
@@ -87,7 +90,7 @@ def sequential(trace: Trace, costs: Costs, min_accuracy: float) -> OperatingPoin
     """
     search = _Search(trace, costs)
     thresholds = search.sequential(_needed(min_accuracy, len(trace.targets)))
-    point = search.point(thresholds)
+    point = operating_point(trace, costs, thresholds)
     Frontier((point,)).cheapest(min_accuracy)
     return point
 
@@ -100,7 +103,7 @@ def search_frontier(
     search.scan_all(search.off)
     best, floor = search.best_correct(), search.worst_correct()
     for needed in np.unique(np.linspace(floor, best, 24).astype(int)):
-        search.sequential(int(needed))
+        search.sequential(int(needed), fine=False)
     for multiplier in _MULTIPLIERS:
         search.descend(float(multiplier))
     keep = None
@@ -119,67 +122,92 @@ def search_frontier(
     return search.frontier(keep)
 
 
+def operating_point(trace: Trace, costs: Costs, thresholds: Thresholds) -> OperatingPoint:
+    """What these thresholds give on a trace."""
+    replay = trace.replay(thresholds, costs)
+    return OperatingPoint(thresholds, replay.accuracy, replay.cost, tuple(map(float, replay.shares)))
+
+
 def _needed(accuracy: float, count: int) -> int:
     """The number of correct answers that an accuracy asks for, safe from float noise."""
     return int(np.ceil(accuracy * count - 1e-9))
 
 
 @dataclass(frozen=True)
+class _Grid:
+    """Thresholds of one gate, ever lower, and where each sample begins to leave."""
+
+    values: NDArray[np.float64]  # [M]
+    bins: NDArray[np.int64]  # [N]; the first of the values at which the sample leaves, M if it never does
+
+    def thinned(self, count: int) -> _Grid:
+        """About ``count`` of the values, evenly spread over the samples that leave."""
+        size = len(self.values)
+        if size <= count:
+            return self
+        ends = np.bincount(self.bins, minlength=size)[:size].cumsum()
+        chosen = np.unique(np.searchsorted(ends, np.linspace(1, ends[-1], count)))
+        return _Grid(self.values[chosen], np.searchsorted(chosen, self.bins))
+
+
+@dataclass(frozen=True)
 class _Scan:
-    """Every useful threshold of one gate, the others fixed: the first is off, then ever lower."""
+    """Every threshold of one gate's grid, the others fixed: the first is off, then ever lower."""
 
     values: NDArray[np.float64]  # [M]
     correct: NDArray[np.int64]  # [M]; right answers
-    cost: NDArray[np.float64]  # [M]; total over the samples
+    cost: NDArray[np.float64]  # [M]; total over the samples; falls, from the second on
 
 
 class _Search:
-    """Scans over a trace, and the archive of every undominated point they met."""
+    """Scans over a trace, and an archive that holds every undominated point they met, or those around a target."""
 
     def __init__(self, trace: Trace, costs: Costs) -> None:
         self.trace, self.costs = trace, costs
         self.gate_count, self.count = trace.margins.shape
         self.off: Thresholds = (np.inf,) * self.gate_count
-        self.correct = trace.correct.astype(np.int64)
-        self.order = [np.argsort(-m, kind="stable") for m in trace.margins]
+        self.correct = trace.correct.astype(np.int8)
+        self.fine = [_grid(margins) for margins in trace.margins]
+        self.coarse = [grid.thinned(_COARSE) for grid in self.fine]
+        self.visited: dict[tuple[int, Thresholds], _Scan] = {}
         self.archive: list[tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]] = []
-        self.steps = [_candidates(m[o]) for m, o in zip(trace.margins, self.order, strict=True)]
 
-    def scan(self, gate: int, thresholds: Thresholds) -> _Scan:
-        """Every threshold of ``gate``, the others as given: right answers and total cost, exactly."""
-        stages, gates, margins = self.costs.stages, self.costs.gates, self.trace.margins
-        later_correct, later_cost = self.correct[-1], np.full(self.count, stages[-1])
-        for g in range(self.gate_count - 1, gate, -1):
-            if thresholds[g] != np.inf:
-                leave = margins[g] >= thresholds[g]
-                later_correct = np.where(leave, self.correct[g], later_correct)
-                later_cost = np.where(leave, 0.0, later_cost) + gates[g]
-            later_cost = later_cost + stages[g]
-        alive, earlier_correct, earlier_cost = np.ones(self.count, dtype=bool), 0, 0.0
-        for g in range(gate):
-            earlier_cost += stages[g] * np.count_nonzero(alive)
-            if thresholds[g] != np.inf:
-                earlier_cost += gates[g] * np.count_nonzero(alive)
-                leave = alive & (margins[g] >= thresholds[g])
-                earlier_correct += int(self.correct[g][leave].sum())
-                alive &= ~leave
-        order, (positions, values) = self.order[gate], self.steps[gate]
-        alive_ordered = alive[order]
-        gain = np.cumsum((self.correct[gate] - later_correct)[order] * alive_ordered)[positions]
-        saving = np.cumsum(later_cost[order] * alive_ordered)[positions]
-        base_correct = earlier_correct + int(later_correct[alive].sum())
-        survivors = np.count_nonzero(alive)
-        base_cost = earlier_cost + stages[gate] * survivors + float(later_cost[alive].sum())
+    def scan(self, gate: int, thresholds: Thresholds, grid: _Grid) -> _Scan:
+        """Every threshold of ``gate`` in ``grid``, the others as given: right answers and total cost, exactly."""
+        off = _replace(thresholds, gate, np.inf)
+        exits, correct, left = self.trace.gated(off)
+        to_exit = self.costs.to_exits(off)
+        reach = exits > gate
+        gain = (self.correct[gate] - correct.view(np.int8)) * reach
+        behind = np.where(np.arange(self.gate_count + 1) > gate, to_exit - to_exit[gate], 0.0).take(exits)
+        size = len(grid.values)
+        gains = np.bincount(grid.bins, gain, size + 1)[:size].cumsum()
+        savings = np.bincount(grid.bins, behind, size + 1)[:size].cumsum()
+        at_gate = self.costs.gates[gate] * np.count_nonzero(reach)
         return _Scan(
-            np.concatenate([[np.inf], values]),
-            np.concatenate([[base_correct], base_correct + gain]),
-            np.concatenate([[base_cost], base_cost + gates[gate] * survivors - saving]),
+            np.append(np.inf, grid.values),
+            np.count_nonzero(correct) + np.append(0, gains).astype(np.int64),
+            left @ to_exit + np.append(0.0, at_gate - savings),
         )
 
-    def visit(self, gate: int, thresholds: Thresholds) -> _Scan:
-        """`scan`, with the undominated part of it put into the archive."""
-        scan = self.scan(gate, thresholds)
-        keep = _undominated(scan.correct, scan.cost)
+    def visit(self, gate: int, thresholds: Thresholds, around: int | None = None) -> _Scan:
+        """`scan`, with the undominated part of it put into the archive.
+
+        On the coarse grid, where descents meet the same scan again and again; or, to see around a number of right
+        answers, on the fine one, of which only what lies there is kept.
+        """
+        key = gate, _replace(thresholds, gate, np.inf)
+        if around is None and key in self.visited:
+            return self.visited[key]
+        scan = self.scan(gate, thresholds, (self.coarse if around is None else self.fine)[gate])
+        if around is None:
+            self.visited[key] = scan
+        best = np.maximum.accumulate(scan.correct[::-1])[::-1]  # of this threshold and all that are cheaper
+        keep = np.flatnonzero(np.append(best[:-1] > best[1:], True))[::-1]
+        if around is not None:
+            middle = int(np.searchsorted(scan.correct[keep], around))
+            keep = keep[max(0, middle - _COARSE // 2) : middle + _COARSE // 2]
+        keep = np.append(keep, 0)  # off, which may be cheaper than a gate that few samples leave at
         rows = np.tile(np.asarray(thresholds), (len(keep), 1))
         rows[:, gate] = scan.values[keep]
         self.archive.append((scan.correct[keep], scan.cost[keep], rows))
@@ -191,13 +219,15 @@ class _Search:
             self.visit(gate, thresholds)
         if self.gate_count == 0:
             dense = np.array([self.costs.dense * self.count])
-            self.archive.append((np.array([int(self.correct[-1].sum())]), dense, np.empty((1, 0))))
+            self.archive.append((np.array([np.count_nonzero(self.correct[-1])]), dense, np.empty((1, 0))))
 
-    def sequential(self, needed: int) -> Thresholds:
+    def sequential(self, needed: int, fine: bool = True) -> Thresholds:
         """Gate after gate, later gates off: the cheapest threshold with at least ``needed`` right answers."""
         thresholds = self.off
         for gate in range(self.gate_count):
-            thresholds = _replace(thresholds, gate, _cheapest(self.visit(gate, thresholds), needed))
+            scan = self.visit(gate, thresholds, needed if fine else None)
+            index = _cheapest(scan, needed)
+            thresholds = _replace(thresholds, gate, np.inf if index is None else float(scan.values[index]))
         return thresholds
 
     def descend(self, multiplier: float) -> None:
@@ -216,27 +246,31 @@ class _Search:
         """Search around the cheapest point with ``needed`` right answers: all combinations if few, else pairs."""
         if self.gate_count < 2:
             return
-        sizes = [len(values) + 1 for _, values in self.steps]
+        sizes = [len(grid.values) + 1 for grid in self.fine]
         if np.prod(sizes[:-1]) <= _EXHAUSTIVE_SCANS:
-            for head in itertools.product(*([np.inf, *values] for _, values in self.steps[:-1])):
-                self.visit(self.gate_count - 1, (*map(float, head), np.inf))
+            for head in itertools.product(*([np.inf, *grid.values] for grid in self.fine[:-1])):
+                self.visit(self.gate_count - 1, (*map(float, head), np.inf), needed)
             return
+        cost, best = self.cheapest(needed)
         for _ in range(2):
-            if self.best_correct() < needed:
-                return
-            before = thresholds = self.cheapest(needed)
+            before = best
             for first, second in itertools.combinations(range(self.gate_count), 2):
-                for value in self.coarse(first, thresholds[first]):
-                    self.visit(second, _replace(thresholds, first, value))
-                thresholds = self.cheapest(needed)
-            if thresholds == before:
+                around = best
+                for value in self.trials(first, around[first]):
+                    thresholds = _replace(around, first, value)
+                    scan = self.visit(second, thresholds, needed)
+                    index = _cheapest(scan, needed)
+                    if index is not None and scan.cost[index] < cost:
+                        cost, best = float(scan.cost[index]), _replace(thresholds, second, float(scan.values[index]))
+            if best == before:
                 return
 
-    def coarse(self, gate: int, around: float) -> Iterator[float]:
-        """Some thresholds of a gate: off, evenly spread ones, and the close neighbours of the present one."""
-        values = self.steps[gate][1]
-        spread = np.linspace(0, len(values) - 1, _PAIR_CANDIDATES // 2)
-        near = np.searchsorted(-values, -around) + np.arange(-_PAIR_CANDIDATES // 4, _PAIR_CANDIDATES // 4)
+    def trials(self, gate: int, around: float) -> Iterator[float]:
+        """Some thresholds of a gate: off, evenly spread ones, and ever closer neighbours of the present one."""
+        values = self.fine[gate].values
+        spread = np.linspace(0, len(values) - 1, _SPREAD)
+        steps = 2 ** np.arange(len(values).bit_length())
+        near = np.searchsorted(-values, -around) + np.concatenate([-steps, [0], steps])
         chosen = np.unique(np.concatenate([spread, near]).clip(0, max(len(values) - 1, 0)).astype(int))
         yield np.inf
         yield from (float(values[i]) for i in chosen if len(values))
@@ -253,8 +287,8 @@ class _Search:
         found = [int(correct[cost <= limit].max()) for correct, cost, _ in self.archive if (cost <= limit).any()]
         return max(found, default=None)
 
-    def cheapest(self, needed: int) -> Thresholds:
-        """The cheapest visited thresholds with at least ``needed`` right answers."""
+    def cheapest(self, needed: int) -> tuple[float, Thresholds]:
+        """The cheapest visited point with at least ``needed`` right answers: total cost, infinite if there is none."""
         best, found = np.inf, self.off
         for correct, cost, rows in self.archive:
             fits = correct >= needed
@@ -262,7 +296,7 @@ class _Search:
                 index = int(np.argmin(np.where(fits, cost, np.inf)))
                 if cost[index] < best:
                     best, found = float(cost[index]), tuple(map(float, rows[index]))
-        return found
+        return best, found
 
     def frontier(self, keep: int | None) -> Frontier:
         """The undominated points of everything visited, thinned; the cheapest with ``keep`` right answers stays."""
@@ -273,29 +307,29 @@ class _Search:
         chosen = np.linspace(0, len(front) - 1, min(len(front), _MOST_POINTS)).astype(int)
         if keep is not None and correct[front[-1]] >= keep:
             chosen = np.union1d(chosen, np.searchsorted(correct[front], keep))
-        return Frontier(tuple(self.point(tuple(map(float, rows[i]))) for i in front[chosen]))
-
-    def point(self, thresholds: Thresholds) -> OperatingPoint:
-        replay = self.trace.replay(thresholds, self.costs)
-        return OperatingPoint(thresholds, replay.accuracy, replay.cost, tuple(map(float, replay.shares)))
+        return Frontier(
+            tuple(operating_point(self.trace, self.costs, tuple(map(float, rows[i]))) for i in front[chosen])
+        )
 
 
-def _candidates(
-    descending: NDArray[np.float32],  # [N]; margins, highest first, -inf where a sample never leaves
-) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """The last position that leaves at each useful threshold, and that threshold: halfway to the next margin.
+def _grid(
+    margins: NDArray[np.float32],  # [N]; -inf where a sample never leaves
+) -> _Grid:
+    """Every useful threshold: halfway between each two neighbouring margins, and one below them all.
 
     Halfway, because a threshold that equals a sample's margin lets float noise decide about that sample.
     """
-    finite = descending[np.isfinite(descending)]
-    if len(finite) == 0:
-        return np.empty(0, dtype=np.int64), np.empty(0)
-    positions = np.append(np.flatnonzero(finite[:-1] > finite[1:]), len(finite) - 1)
-    here = finite[positions]
-    below = np.append(finite[positions[:-1] + 1], here[-1] - 1)
+    lowest_first, bins = np.unique(margins, return_inverse=True)
+    here = lowest_first[::-1]
+    bins = len(here) - 1 - bins
+    if len(here) and here[-1] == -np.inf:
+        here = here[:-1]
+    if len(here) == 0:
+        return _Grid(np.empty(0), bins)
+    below = np.append(here[1:], here[-1] - 1)
     halfway = (here / 2 + below / 2).astype(np.float32)
     safe = np.where((halfway > below) & (halfway <= here), halfway, here)
-    return positions, safe.astype(np.float64)
+    return _Grid(safe.astype(np.float64), bins)
 
 
 def _undominated(correct: NDArray[np.int64], cost: NDArray[np.float64]) -> NDArray[np.int64]:
@@ -305,10 +339,10 @@ def _undominated(correct: NDArray[np.int64], cost: NDArray[np.float64]) -> NDArr
     return by_cost[correct[by_cost] > ahead]
 
 
-def _cheapest(scan: _Scan, needed: int) -> float:
-    """The cheapest threshold with at least ``needed`` right answers; off where there is none."""
+def _cheapest(scan: _Scan, needed: int) -> int | None:
+    """Where the cheapest threshold with at least ``needed`` right answers is; None if there is none."""
     fits = scan.correct >= needed
-    return float(scan.values[np.argmin(np.where(fits, scan.cost, np.inf))]) if fits.any() else float("inf")
+    return int(np.argmin(np.where(fits, scan.cost, np.inf))) if fits.any() else None
 
 
 def _replace(thresholds: Thresholds, gate: int, value: float) -> Thresholds:

@@ -23,7 +23,7 @@ from dgate_rt.staged import Boundary, StagedModel, as_tuple
 class Replay:
     """The outcome of one choice of thresholds on a trace."""
 
-    exits: NDArray[np.int64]  # [N]; gate index, or G for the network's own classifier
+    exits: NDArray[np.int16]  # [N]; gate index, or G for the network's own classifier
     accuracy: float
     cost: float  # mean a sample, in the unit of the costs
     shares: NDArray[np.float64]  # [G + 1]; share of the samples that left at each exit
@@ -47,24 +47,32 @@ class Trace:
         """Accuracy of the network's own classifier on every sample."""
         return float(self.correct[-1].mean())
 
-    def replay(self, thresholds: Sequence[float], costs: Costs) -> Replay:
-        """Gate the recorded samples with ``thresholds``; a gate at ``+inf`` is off and costs nothing."""
+    def take(self, samples: NDArray[np.int64]) -> Trace:
+        """The trace of some of the samples, by their indices."""
+        return Trace(self.margins[:, samples], self.predictions[:, samples], self.targets[samples])
+
+    def gated(
+        self, thresholds: Sequence[float]
+    ) -> tuple[NDArray[np.int16], NDArray[np.bool_], NDArray[np.int64]]:  # [N], [N], [G + 1]
+        """Where each recorded sample leaves with ``thresholds``, whether it is right there, and how many leave where.
+
+        Without `numpy.where`, which takes ten times as long as this arithmetic on masks without order.
+        """
         gate_count, count = self.margins.shape
-        exits = np.full(count, gate_count)
-        alive, survivors, cost = np.ones(count, dtype=bool), count, 0.0
-        for g, threshold in enumerate(thresholds):
-            cost += costs.stages[g] * survivors
-            if threshold == np.inf:
-                continue
-            cost += costs.gates[g] * survivors
-            leave = alive & (self.margins[g] >= threshold) & (self.margins[g] > -np.inf)
-            exits[leave] = g
-            alive &= ~leave
-            survivors = int(np.count_nonzero(alive))
-        cost += costs.stages[gate_count] * survivors
-        accuracy = np.count_nonzero(self.correct[exits, np.arange(count)]) / count
-        shares = np.bincount(exits, minlength=gate_count + 1) / count
-        return Replay(exits, float(accuracy), float(cost / count), shares)
+        exits, correct = np.full(count, gate_count, dtype=np.int16), self.correct[-1]
+        for g in range(gate_count - 1, -1, -1):
+            if thresholds[g] != np.inf:
+                leave = (self.margins[g] >= thresholds[g]) & (self.margins[g] > -np.inf)
+                exits = np.minimum(exits, g + ~leave * np.int16(gate_count))
+                correct = leave & self.correct[g] | ~leave & correct
+        return exits, correct, np.array([np.count_nonzero(exits == g) for g in range(gate_count + 1)])
+
+    def replay(self, thresholds: Sequence[float], costs: Costs) -> Replay:
+        """What came of ``thresholds`` on the recorded samples; a gate at ``+inf`` is off and costs nothing."""
+        exits, correct, left = self.gated(thresholds)
+        count = len(exits)
+        cost = float(left @ costs.to_exits(thresholds)) / count
+        return Replay(exits, float(np.count_nonzero(correct)) / count, cost, left / count)
 
 
 def collect_trace(

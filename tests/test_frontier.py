@@ -34,7 +34,7 @@ def costs_for(gates: int) -> Costs:
 
 def brute_force(trace: Trace, costs: Costs, min_accuracy: float) -> float:
     """The lowest cost over every combination of thresholds."""
-    candidates = [[np.inf, *values] for _, values in _Search(trace, costs).steps]
+    candidates = [[np.inf, *grid.values] for grid in _Search(trace, costs).fine]
     replays = (trace.replay(t, costs) for t in itertools.product(*candidates))
     return min((r.cost for r in replays if r.accuracy >= min_accuracy - 1e-12), default=np.inf)
 
@@ -44,8 +44,8 @@ def test_a_scan_says_what_a_replay_says(seed, ties, gate, others):
     trace = make_trace(13, seed, ties=ties)
     search = _Search(trace, COSTS)
     rng = np.random.default_rng(others)
-    thresholds = tuple(float(rng.choice([np.inf, *values])) for _, values in search.steps)
-    scan = search.scan(gate, thresholds)
+    thresholds = tuple(float(rng.choice([np.inf, *grid.values])) for grid in search.fine)
+    scan = search.scan(gate, thresholds, search.fine[gate])
     for value, correct, cost in zip(scan.values, scan.correct, scan.cost, strict=True):
         replay = trace.replay((*thresholds[:gate], float(value), *thresholds[gate + 1 :]), COSTS)
         assert correct == round(replay.accuracy * 13)
@@ -142,7 +142,7 @@ def test_within_a_cost_the_best_accuracy_is_found_on_tiny_cases(gates):
     costs = costs_for(gates)
     for seed in range(8):
         trace = make_trace(9, seed, gates)
-        candidates = [[np.inf, *values] for _, values in _Search(trace, costs).steps]
+        candidates = [[np.inf, *grid.values] for grid in _Search(trace, costs).fine]
         replays = [trace.replay(t, costs) for t in itertools.product(*candidates)]
         for limit in np.linspace(min(r.cost for r in replays), costs.dense, 5):
             best = max(r.accuracy for r in replays if r.cost <= limit + 1e-9)
