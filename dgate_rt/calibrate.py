@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -16,6 +18,7 @@ from dgate_rt.frontier import search_frontier
 from dgate_rt.gate import Gate
 from dgate_rt.independence import check_stages
 from dgate_rt.program import GateProgram, check_targets
+from dgate_rt.risk import Guarantee, certify, check_bound, samples_needed
 from dgate_rt.staged import StagedModel
 from dgate_rt.trace import collect_trace
 
@@ -28,6 +31,7 @@ def calibrate(
     max_accuracy_drop: float | None = None,
     min_accuracy: float | None = None,
     max_cost: float | None = None,
+    confidence: float | None = None,
     cost: CostKind = "flops",
     device: torch.device | str = "cpu",
     progress: bool = True,
@@ -47,6 +51,10 @@ def calibrate(
             samples (0.01 is one point); 0 if no target is given.
         min_accuracy: the accuracy to keep, in [0, 1].
         max_cost: the mean cost a sample to stay within, FLOPs or milliseconds as ``cost`` says.
+        confidence: the probability, in (0, 1), with which ``max_accuracy_drop`` is to hold on new data from the
+            distribution of ``loader``, and not on this data alone, where it is exceeded about every second time. A
+            guarantee for any number of samples, if they are independent: fixed-sequence testing on half of them, see
+            `dgate_rt.risk`. The program carries it, as ``guarantee``.
         cost: ``"flops"`` counts, ``"time"`` measures stages and gates here, at the batch size that suits each best,
             up to the loader's.
         device: where ``staged`` and ``gates`` are.
@@ -54,12 +62,17 @@ def calibrate(
 
     Raises:
         TypeError: if ``gates`` holds anything but gates.
-        ValueError: on more than one target, another number of gates than cuts, no data, or labels outside ``[0, K)``.
+        ValueError: on more than one target, a confidence without ``max_accuracy_drop`` or outside (0, 1), another
+            number of gates than cuts, no data, or labels outside ``[0, K)``.
         SplitError: if ``staged`` was not checked by `split` and a stage mixes the samples of a batch.
         UnreachableTargetError: when no thresholds reach the target; the message says what is reachable.
     """
     targets = {"max_accuracy_drop": max_accuracy_drop, "min_accuracy": min_accuracy, "max_cost": max_cost}
     check_targets("calibrate", targets)
+    if confidence is not None:
+        if max_accuracy_drop is None:
+            raise ValueError("confidence: expected max_accuracy_drop with it, the bound that is to hold, got none")
+        check_bound(max_accuracy_drop, confidence)
     device = check_staged(staged, device)
     checked = _check_gates(staged, gates)
     with frozen(staged):
@@ -69,6 +82,7 @@ def calibrate(
             check_stages(staged.stages, distinct_rows(example, 3))
         costs = measure_costs(staged, checked, example, cost)
 
+    guarantee = None
     if max_cost is not None:
         frontier = search_frontier(trace, costs, max_cost=max_cost)
         point = frontier.most_accurate(max_cost)
@@ -76,6 +90,10 @@ def calibrate(
         wanted = min_accuracy if min_accuracy is not None else trace.network_accuracy - (max_accuracy_drop or 0.0)
         frontier = search_frontier(trace, costs, min_accuracy=wanted)
         point = frontier.cheapest(wanted)
+    if max_accuracy_drop is not None and confidence is not None:
+        point, guarantee = certify(trace, costs, max_accuracy_drop, confidence)
+        if point.shares[-1] == 1 and staged.gate_count:
+            warnings.warn(_nothing_certified(guarantee, len(trace.targets)), stacklevel=2)
     return GateProgram(
         staged=staged,
         gates=checked,
@@ -87,7 +105,17 @@ def calibrate(
         input_shape=tuple(example.shape[1:]),
         input_dtype=example.dtype,
         scores=torch.from_numpy(np.concatenate([trace.margins, trace.network_scores[None]])),
+        guarantee=guarantee,
     )
+
+
+def _nothing_certified(guarantee: Guarantee, samples: int) -> str:
+    """Why all gates are off, and what would help."""
+    least = samples_needed(guarantee.max_accuracy_drop, guarantee.confidence)
+    why = f"{samples} samples do not tell a drop within {100 * guarantee.max_accuracy_drop:g} % from a larger one"
+    if samples < least < math.inf:
+        why = f"loader: expected at least {least} samples, got {samples}"
+    return f"{why} with {100 * guarantee.confidence:g} % confidence at any cheaper thresholds; all gates are off"
 
 
 def _check_gates(staged: StagedModel, gates: Iterable[nn.Module]) -> tuple[Gate, ...]:

@@ -20,6 +20,7 @@ from dgate_rt.drift import Reference
 from dgate_rt.errors import ProgramError, SplitError
 from dgate_rt.frontier import Frontier, OperatingPoint
 from dgate_rt.gate import Gate
+from dgate_rt.risk import Guarantee
 from dgate_rt.staged import StagedModel, split
 
 SCHEMA_VERSION = 2
@@ -78,6 +79,7 @@ class GateProgram:
     input_shape: tuple[int, ...]  # one sample
     input_dtype: torch.dtype
     scores: torch.Tensor | None = None  # [G + 1, N] float32; of gates and network on validation samples, if kept
+    guarantee: Guarantee | None = None  # of these thresholds; None without a confidence
 
     def __post_init__(self) -> None:
         check_thresholds(self.thresholds, len(self.gates))
@@ -93,7 +95,7 @@ class GateProgram:
         min_accuracy: float | None = None,
         max_cost: float | None = None,
     ) -> GateProgram:
-        """The same program at another point of its frontier.
+        """The same program at another point of its frontier, for which no guarantee holds.
 
         Raises:
             ValueError: unless exactly one target is given.
@@ -107,7 +109,7 @@ class GateProgram:
         else:
             drop = max_accuracy_drop or 0.0
             point = self.frontier.cheapest(self.network_accuracy - drop if min_accuracy is None else min_accuracy)
-        return replace(self, thresholds=point.thresholds, point=point)
+        return replace(self, thresholds=point.thresholds, point=point, guarantee=None)
 
     @property
     def cost_reduction(self) -> float:
@@ -152,6 +154,7 @@ class GateProgram:
             "costs": asdict(self.costs),
             "point": asdict(replace(self.point, thresholds=())),
             "network_accuracy": self.network_accuracy,
+            "guarantee": asdict(self.guarantee) if self.guarantee else None,
             "input_shape": list(self.input_shape),
             "input_dtype": str(self.input_dtype).removeprefix("torch."),
             "fingerprint": self.staged.fingerprint(),
@@ -234,6 +237,7 @@ def _attach(tensors: dict[str, torch.Tensor], header: dict[str, Any], staged: St
     points = tuple(OperatingPoint(tuple(t), accuracy, cost, tuple(shares)) for t, accuracy, cost, shares in rows)
     thresholds = tuple(tensors["thresholds"].tolist())
     at, costs = header["point"], header["costs"]
+    guarantee = header.get("guarantee")  # which files from before there were any lack
     return GateProgram(
         staged=staged,
         gates=tuple(gates),
@@ -245,6 +249,7 @@ def _attach(tensors: dict[str, torch.Tensor], header: dict[str, Any], staged: St
         input_shape=tuple(header["input_shape"]),
         input_dtype=getattr(torch, header["input_dtype"]),
         scores=tensors.get("scores"),
+        guarantee=Guarantee(**guarantee) if guarantee else None,
     )
 
 

@@ -209,7 +209,8 @@ class Runtime:
     def describe(self, format: str = "text") -> Any:
         """What runs where: executor and why, batch size, layout, engine, and every gate's place and threshold.
 
-        The shares of samples are those of the program's own operating point, and are left out at any other.
+        The shares of samples and the guarantee are those of the program's own operating point, and are left out at any
+        other.
 
         Args:
             format: ``"text"`` for the above. For the executor ``"graph"`` also the graph that it launches, as the
@@ -233,6 +234,7 @@ class Runtime:
     def _describe(self) -> str:
         known = self.thresholds == self.program.thresholds and self.executor != "dense"
         shares = [f", {share:.1%} left here on validation data" if known else "" for share in self.program.point.shares]
+        promised = [f"on new data: {self.program.guarantee}"] if known and self.program.guarantee else []
         layout = "channels_last" if self.channels_last else "as given"
         where = "cpu-sim" if self._setup.simulated else self.device
         lines = [f"executor {self.executor} ({self.reason}) on {where}, batch size {self.batch_size}, layout {layout}"]
@@ -241,7 +243,7 @@ class Runtime:
             state = "not run by this executor" if self.executor == "dense" else state
             lines.append(f"gate {g} after {cut}: {state}{shares[g]}")
         lines.append(f"exit {len(self.thresholds)}, the network's own classifier{shares[-1]}")
-        return "\n".join([*lines, *self._executor.describe(), *self.stages.describe()])
+        return "\n".join([*lines, *promised, *self._executor.describe(), *self.stages.describe()])
 
     @property
     def _gating(self) -> tuple[float, ...]:

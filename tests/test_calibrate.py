@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import dgate_rt as dg
 from dgate_rt.cost import gate_flops, measure_costs
+from dgate_rt.risk import Guarantee
 from dgate_rt.trace import collect_trace
 
 
@@ -50,6 +51,39 @@ def test_targets_are_met(digits):
     within = dg.calibrate(staged, gates, loader, max_cost=limit, progress=False)
     assert within.point.cost <= limit
     assert no_drop.at(max_cost=limit).point.cost <= limit
+
+
+def test_a_confidence_makes_a_guarantee(digits):
+    staged, gates, loader = digits
+    plain = dg.calibrate(staged, gates, loader, max_accuracy_drop=0.05, progress=False)
+    sure = dg.calibrate(staged, gates, loader, max_accuracy_drop=0.05, confidence=0.9, progress=False)
+    assert plain.guarantee is None
+    assert sure.guarantee == Guarantee(0.05, 0.9, 299)  # half of the 597 samples
+    assert plain.point.cost <= sure.point.cost < sure.costs.dense
+    assert sure.frontier == plain.frontier
+    assert sure.at(max_accuracy_drop=0.05).guarantee is None
+    run = dg.compile(sure, executor="eager")
+    promise = "on new data: accuracy drop at most 5 % with 90 % confidence (n = 299)"
+    assert promise in run.describe()
+    run.set_thresholds(plain.thresholds)
+    assert promise not in run.describe()
+
+
+@pytest.mark.parametrize(
+    ("drop", "message"),
+    [
+        (0.01, "expected at least 597 samples, got 100"),
+        (0.0, "100 samples do not tell a drop within 0 % from a larger"),
+    ],
+    ids=["too few", "no drop"],
+)
+def test_where_nothing_can_be_certified_all_gates_are_off(digits, drop, message):
+    staged, gates, loader = digits
+    few = [(x[:100], y[:100]) for x, y in loader][:1]
+    with pytest.warns(UserWarning, match=rf"{message}.*all gates are off"):
+        program = dg.calibrate(staged, gates, few, max_accuracy_drop=drop, confidence=0.95, progress=False)
+    assert program.thresholds == (float("inf"),) * 2
+    assert program.point.cost == program.costs.dense
 
 
 def test_the_runtime_reproduces_the_calibrated_point(digits):
@@ -99,11 +133,15 @@ def test_non_finite_images_never_leave(digits):
         ({"min_accuracy": 0.5, "max_cost": 1.0}, "expected one of .* got min_accuracy and max_cost"),
         ({"max_accuracy_drop": -0.1}, "max_accuracy_drop: expected a number of at least 0, got -0.1"),
         ({"max_cost": float("nan")}, "max_cost: expected a number of at least 0, got nan"),
+        ({"confidence": 0.95}, "confidence: expected max_accuracy_drop with it"),
+        ({"confidence": 0.95, "min_accuracy": 0.9}, "confidence: expected max_accuracy_drop with it"),
+        ({"confidence": 1.0, "max_accuracy_drop": 0.01}, "confidence: expected a number between 0 and 1, got 1.0"),
+        ({"confidence": 0.9, "max_accuracy_drop": 1.0}, r"max_accuracy_drop: expected a number in \[0, 1\), got 1.0"),
         ({"cost": "joules"}, "cost: expected 'flops' or 'time', got 'joules'"),
         ({"min_accuracy": 1.01}, "the best reachable on this data"),
         ({"max_cost": 1.0}, "the cheapest reachable on this data"),
     ],
-    ids=["two targets", "negative", "nan", "cost", "accuracy", "reach"],
+    ids=["two targets", "negative", "nan", "bare", "other target", "certain", "all", "cost", "accuracy", "reach"],
 )
 def test_bad_targets_are_refused(digits, targets, message):
     staged, gates, loader = digits

@@ -149,6 +149,15 @@ def test_calibrate_prints_point_and_frontier(made, tmp_path, target):
     assert "Frontier" in shown
 
 
+def test_calibrate_tells_what_is_guaranteed(made, tmp_path):
+    sure = ("--max-drop", 0.5, "--confidence", 0.95, "-o", tmp_path / "p.safetensors")
+    assert "accuracy drop at most 50 % with 95 % confidence" in dgate("calibrate", made.gates, made.net, *sure).stdout
+    result = json.loads(dgate("calibrate", made.gates, made.net, *sure, "--json").stdout)
+    assert result["guarantee"]["confidence"] == 0.95
+    none = ("--max-drop", 1e-4, "--confidence", 0.95, "-o", tmp_path / "p.safetensors")
+    assert "warning: loader: expected at least" in dgate("calibrate", made.gates, made.net, *none).stderr
+
+
 def test_run_reads_a_folder_and_loses_only_the_bad_file(made, digits, expected, tmp_path):
     for index, image in enumerate(digits):
         name = tmp_path / f"{index // 10}" / f"{index:02}.png"

@@ -8,11 +8,13 @@ from dataclasses import replace
 import pytest
 import torch
 from programs import all_margins, make_program, random_gates, thresholds_for
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 import dgate_rt as dg
 from dgate_rt import StagedModel
+from dgate_rt.risk import Guarantee
 
 
 class Net(nn.Module):
@@ -42,8 +44,6 @@ def path(program, tmp_path):
 
 def edit(path, **changes):
     """Rewrite the file's metadata; a value of None deletes the key."""
-    from safetensors import safe_open
-
     with safe_open(path, framework="pt") as file:
         metadata = {**file.metadata(), **changes}
     save_file(load_file(path), path, {k: v for k, v in metadata.items() if v is not None})
@@ -67,6 +67,18 @@ def test_the_criteria_of_the_gates_are_kept(program, tmp_path):
     program.save(tmp_path / "other.safetensors")
     loaded = dg.load(tmp_path / "other.safetensors", Net().eval())
     assert [gate.criterion for gate in loaded.gates] == [dg.Criterion.MARGIN, dg.Criterion.ENTROPY]
+
+
+def test_a_guarantee_is_kept_and_older_files_have_none(program, path, tmp_path):
+    guarantee = Guarantee(0.01, 0.95, 2500)
+    replace(program, guarantee=guarantee).save(tmp_path / "sure.safetensors")
+    assert dg.load(tmp_path / "sure.safetensors", Net().eval()).guarantee == guarantee
+    assert dg.load(path, Net().eval()).guarantee is None
+    with safe_open(path, framework="pt") as file:
+        header = json.loads(file.metadata()["program"])
+    del header["guarantee"]
+    edit(path, program=json.dumps(header))
+    assert dg.load(path, Net().eval()).guarantee is None
 
 
 def test_a_staged_model_may_be_given_instead(program, path):
@@ -116,8 +128,6 @@ def test_a_damaged_header(path, damage):
 def test_gates_of_the_wrong_shape(path):
     tensors = load_file(path)
     tensors["gates.0.bias"] = torch.zeros(7)
-    from safetensors import safe_open
-
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
     save_file(tensors, path, metadata)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import asdict, replace
 from enum import Enum
 from pathlib import Path
@@ -193,6 +194,7 @@ def fit(
 @app.command(
     epilog=examples(
         "dgate calibrate gates.safetensors net.safetensors --max-drop 0.01 -o program.safetensors",
+        "dgate calibrate gates.safetensors net.safetensors --max-drop 0.01 --confidence 0.95 -o program.safetensors",
         "dgate calibrate gates.safetensors net.safetensors --max-cost 2.8e9 -o program.safetensors",
         "dgate calibrate gates.safetensors net.safetensors --cost time -b 32 -o program.safetensors",
     )
@@ -206,6 +208,9 @@ def calibrate(
     min_accuracy: Annotated[float | None, typer.Option("--min-accuracy", help="Accuracy to keep, 0 to 1.")] = None,
     max_cost: Annotated[
         float | None, typer.Option("--max-cost", help="Mean cost a sample to stay within: FLOPs, or ms.")
+    ] = None,
+    confidence: Annotated[
+        float | None, typer.Option("--confidence", help="With which --max-drop is to hold on new data too: 0.95.")
     ] = None,
     cost: Annotated[
         CostName, typer.Option("--cost", help="Count FLOPs, or measure time here at this batch size.")
@@ -227,16 +232,21 @@ def calibrate(
     net = open_network(network, device_of(device))
     found = open_program(gates, net)
     bundle = open_data(net, data, root, download)
-    program = choose(
-        found.staged,
-        found.gates,
-        bundle.loader("val", batch_size, workers=workers),
-        max_accuracy_drop=max_drop,
-        min_accuracy=min_accuracy,
-        max_cost=max_cost,
-        cost=cost.value,
-        device=device,
-    )
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", UserWarning)
+        program = choose(
+            found.staged,
+            found.gates,
+            bundle.loader("val", batch_size, workers=workers),
+            max_accuracy_drop=max_drop,
+            min_accuracy=min_accuracy,
+            max_cost=max_cost,
+            confidence=confidence,
+            cost=cost.value,
+            device=device,
+        )
+    for warning in told:
+        say(f"warning: {warning.message}")
     program.save(output)
     say(f"wrote {output}")
     if json_:
@@ -249,6 +259,7 @@ def calibrate(
                 "cost_reduction": program.cost_reduction,
                 "cuts": program.staged.cuts,
                 "point": asdict(program.point),
+                "guarantee": asdict(program.guarantee) if program.guarantee else None,
                 "frontier": [asdict(point) for point in program.frontier.points],
             }
         )
@@ -268,6 +279,7 @@ def _print_program(program: GateProgram) -> None:
         f"accuracy {point.accuracy:.2%} of {program.network_accuracy:.2%}, cost {_cost(program, point.cost)} "
         f"of {_cost(program, program.costs.dense)} ({program.cost_reduction:.1%} saved)"
     )
+    title += f"\non new data: {program.guarantee}" if program.guarantee else ""
     print_table(table(("exit", "threshold", "left here"), rows), title)
     lines: list[tuple[str, ...]] = []
     for drop in _SHOWN_DROPS:
