@@ -52,7 +52,7 @@ def calibrate(
         min_accuracy: the accuracy to keep, in [0, 1].
         max_cost: the mean cost a sample to stay within, FLOPs or milliseconds as ``cost`` says.
         confidence: the probability, in (0, 1), with which ``max_accuracy_drop`` is to hold on new data from the
-            distribution of ``loader``, and not on this data alone, where it is exceeded about every second time. A
+            distribution of ``loader``, and not on this data alone, which new data often exceeds. A
             guarantee for any number of samples, if they are independent: fixed-sequence testing on half of them, see
             `dgate_rt.risk`. The program carries it, as ``guarantee``.
         cost: ``"flops"`` counts, ``"time"`` measures stages and gates here, at the batch size that suits each best,
