@@ -49,7 +49,8 @@ class Trace:
 
     def take(self, samples: NDArray[np.int64]) -> Trace:
         """The trace of some of the samples, by their indices."""
-        return Trace(self.margins[:, samples], self.predictions[:, samples], self.targets[samples])
+        scores = None if self.network_scores is None else self.network_scores[samples]
+        return Trace(self.margins[:, samples], self.predictions[:, samples], self.targets[samples], scores)
 
     def gated(
         self, thresholds: Sequence[float]
