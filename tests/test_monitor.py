@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from captured_checks import random_program
-from programs import all_margins, make_program, thresholds_between
+from programs import all_margins, make_program, thresholds_for
 from safetensors.torch import load_file, save_file
 from torch._subclasses import FakeTensorMode
 from torch._subclasses.fake_tensor import DataDependentOutputException
@@ -31,7 +31,7 @@ SUBMITTING = ["eager", pytest.param("graph", marks=simulated)]
 @pytest.fixture
 def program(tiny_staged, tiny_gates, tiny_images):
     margins = all_margins(tiny_staged, tiny_gates, tiny_images)
-    made = make_program(tiny_staged, tiny_gates, thresholds_between(margins, 0.4), tiny_images)
+    made = make_program(tiny_staged, tiny_gates, thresholds_for(margins, 0.4), tiny_images)
     with torch.no_grad():
         scores = torch.cat([margins, tiny_staged(tiny_images).amax(1)[None]])
     return replace(made, scores=scores)
@@ -54,7 +54,7 @@ def tally(run, *outs):
 @pytest.mark.parametrize("share", [0.0, 0.4, 1.0], ids=["none", "mixed", "all"])
 def test_calls_are_counted_and_judged(program, tiny_images, executor, share):
     run = start(program, executor)
-    run.set_thresholds(thresholds_between(program.scores[:3], share))
+    run.set_thresholds(thresholds_for(program.scores[:3], share))
     outs = [run(tiny_images), run(tiny_images[:1]), run(tiny_images[:0]), run(tiny_images[5:20])]
     counts = run.monitor.counts()
     assert torch.equal(counts, tally(run, *outs))
