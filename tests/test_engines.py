@@ -157,6 +157,7 @@ COMPILED = ("inductor", "openvino", "onnxruntime")
 @pytest.mark.parametrize(("engine", "kind"), [needs(engine, kind) for engine in ("eager", *COMPILED) for kind in KINDS])
 def test_every_engine_agrees_with_the_network_at_any_number_of_rows(prepared, images, engine, kind):
     stages, plain = prepared(engine, kind), network(kind)
+    layout = torch.contiguous_format if engine == "onnxruntime" else torch.channels_last
     for count in ROWS:
         with torch.inference_mode():
             got, expected = images[:count], images[:count]
@@ -166,7 +167,7 @@ def test_every_engine_agrees_with_the_network_at_any_number_of_rows(prepared, im
                 for a, b in zip(as_tuple(got), as_tuple(expected), strict=True):
                     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
                     if index == 0 and a.ndim == 4:
-                        assert a.is_contiguous(memory_format=torch.channels_last)
+                        assert a.is_contiguous(memory_format=layout)
 
 
 @pytest.mark.parametrize("engine", [needs(engine) for engine in ("eager", "inductor", "openvino")])
@@ -478,6 +479,19 @@ class TestFolding:
 def test_a_prepared_stage_keeps_its_parameters_where_the_engine_runs_in_torch(prepared):
     assert isinstance(prepared("inductor", "conv").stages[0], PreparedStage)
     assert list(prepared("inductor", "conv").parameters())
+
+
+@pytest.mark.parametrize("engine", [needs("openvino")])
+def test_openvino_writes_images_where_they_are_wanted(prepared, engine):
+    stage = prepared(engine, "conv").stages[0]
+    for compiled in stage.run._compiled.values():
+        kinds = [node.get_rt_info()["layerType"] for node in compiled.get_runtime_model().get_ops()]
+        assert "Transpose" not in kinds
+
+
+def test_which_engines_have_threads_of_their_own(prepared):
+    for engine in filter(installed, ("eager", *COMPILED)):
+        assert prepared(engine, "conv").own_threads is (engine in ("openvino", "onnxruntime"))
 
 
 @pytest.mark.parametrize("engine", [needs("openvino"), needs("onnxruntime")])

@@ -24,7 +24,8 @@ class StageEngine(Protocol):
     """Prepares a stage. Any function of this signature is an engine.
 
     If it has a ``name``, that is what it is called; if it has a true ``any_size``, what it returns runs any number of
-    rows, and is never given padding.
+    rows, and is never given padding. If it has a true ``own_threads``, it does not compute on torch's threads, and
+    torch's operators between the stages leave the cores to it (`dgate_rt.threads`).
     """
 
     def __call__(
@@ -135,6 +136,8 @@ class EngineStages(StagedModel):
         super().__init__(stages, staged.cuts, staged.nhwc)
         self.engine = engine
         self.input_dtype = input_dtype
+        self.own_threads = False
+        """Whether every stage computes on threads of the engine's own."""
         self.fallen: dict[int, str] = {}
         """Stages that run on eager, because the engine cannot run them, and why."""
         self.report: list[str] = []

@@ -90,6 +90,7 @@ def build(
         stages.append(prepared)
     made = EngineStages(staged, stages, name, example.dtype)
     made.fallen = fallen
+    made.own_threads = getattr(engine, "own_threads", False) and not fallen
     made.report = [f"prepared in {time.perf_counter() - start:.1f} s{_growth(before)}"]
     return made
 

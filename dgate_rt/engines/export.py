@@ -51,8 +51,18 @@ class Outputs(threading.local):
         return [t[:count] for t in self._memory]
 
 
-def export(stage: nn.Module, example: tuple[Tensor, ...], widen: bool = False) -> Exported:
-    """Export a stage; with ``widen`` the graph is that of the stage in float32.
+def export(
+    stage: nn.Module, example: tuple[Tensor, ...], *, widen: bool = False, planar: bool = False, merged: bool = False
+) -> Exported:
+    """Export a stage.
+
+    Args:
+        stage: in eval mode.
+        example: a boundary.
+        widen: whether the graph is that of the stage in float32.
+        planar: whether the graph returns tensors whose last dimension is innermost in memory, however the stage
+            lays them out.
+        merged: whether images that lie channels_last are returned as ``[N, H * W, C]``, their pixels one dimension.
 
     Raises:
         ExecutorError: if the stage fixes its batch size.
@@ -64,12 +74,12 @@ def export(stage: nn.Module, example: tuple[Tensor, ...], widen: bool = False) -
         given = tuple(torch.cat([t, t]) if len(t) == 1 else t.clone() for t in example)  # a size of 1 would be fixed
         returned = stage(*(t.clone() for t in given))
         single = isinstance(returned, Tensor)
-        results = as_tuple(returned)
+        results = tuple(t.contiguous() for t in as_tuple(returned)) if planar else as_tuple(returned)
         inputs, dtypes, outputs = tuple(map(order, given)), tuple(t.dtype for t in given), Outputs(results)
         if widen:
             stage = copy.deepcopy(stage).float()
             given = tuple(t.float() if t.is_floating_point() else t for t in given)
-        between = _Between(stage, inputs, outputs.orders)
+        between = _Between(stage, inputs, outputs.orders, merged)
         free = tuple({0: torch.export.Dim.DYNAMIC} for _ in given)
         arguments = tuple(t.permute(o) for t, o in zip(given, inputs, strict=True))
         try:
@@ -82,15 +92,20 @@ def export(stage: nn.Module, example: tuple[Tensor, ...], widen: bool = False) -
 
 
 class _Between(nn.Module):
-    def __init__(self, stage: nn.Module, inputs: Sequence[Order], outputs: Sequence[Order]) -> None:
+    def __init__(self, stage: nn.Module, inputs: Sequence[Order], outputs: Sequence[Order], merged: bool) -> None:
         super().__init__()
         self.stage = stage
-        self._inputs, self._outputs = inputs, outputs
+        self._inputs, self._outputs, self._merged = inputs, outputs, merged
         self.eval()
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         given = (t.permute(inverse(o)) for t, o in zip(tensors, self._inputs, strict=True))
-        return tuple(t.permute(o) for t, o in zip(as_tuple(self.stage(*given)), self._outputs, strict=True))
+        return tuple(self._laid_out(t, o) for t, o in zip(as_tuple(self.stage(*given)), self._outputs, strict=True))
+
+    def _laid_out(self, t: Tensor, dims: Order) -> Tensor:
+        if self._merged and t.ndim > 3 and dims == (0, *range(2, t.ndim), 1):
+            return t.flatten(2).transpose(1, 2)
+        return t.permute(dims)
 
 
 def order(t: Tensor) -> Order:

@@ -17,10 +17,14 @@ from dgate_rt.staged import Boundary
 
 
 class OnnxRuntimeEngine:
-    """ONNX Runtime's CPU provider in float32, on as many threads as torch has when it is prepared."""
+    """ONNX Runtime's CPU provider in float32, on as many threads as torch has when it is prepared.
+
+    Stages return planar images: what they hand on is then reordered once on the way in, not twice.
+    """
 
     name = "onnxruntime"
     any_size = True
+    own_threads = True
     devices = ("cpu",)
     packages = ("onnxruntime", "onnx", "onnxscript")
 
@@ -31,7 +35,7 @@ class OnnxRuntimeEngine:
             raise ExecutorError(
                 "onnxruntime: expected float32, got bfloat16, for which its CPU provider has few kernels"
             )
-        exported = export(stage, example)
+        exported = export(stage, example, planar=True)
         options = ort.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # every stage has threads of its own

@@ -20,10 +20,14 @@ class OpenVinoEngine:
 
     A bfloat16 stage is given to it in float32, with bfloat16 at its edges and as the precision to compute in: OpenVINO
     (2026.4) reads bfloat16 weights where torch has them, but drops the copies that it makes of strided ones.
+
+    Images leave a stage with their pixels as one dimension: so its convolutions write the result where it is wanted.
+    A result ``[N, H, W, C]`` is the same memory, but OpenVINO copies it twice.
     """
 
     name = "openvino"
     any_size = False
+    own_threads = True
     devices = ("cpu",)
     packages = ("openvino",)
 
@@ -31,7 +35,7 @@ class OpenVinoEngine:
         import openvino as ov
 
         low = any(t.dtype is torch.bfloat16 for t in (*example, *stage.parameters()))
-        exported = export(stage, example, widen=low)
+        exported = export(stage, example, widen=low, merged=True)
         model, core = _with_edges(ov.convert_model(exported.program), exported), ov.Core()
         options = {
             "PERFORMANCE_HINT": "LATENCY",
@@ -61,8 +65,8 @@ class _Requests:
         request = self._request(count)
         for index, t in enumerate(given):
             request.set_input_tensor(index, _shared(t))
-        for index, t in enumerate(rows):
-            request.set_output_tensor(index, _shared(t))
+        for index, (t, port) in enumerate(zip(rows, request.model_outputs, strict=True)):
+            request.set_output_tensor(index, _shared(t.view(tuple(port.shape))))
         request.infer()
         return exported.boundary(rows)
 

@@ -21,6 +21,7 @@ from dgate_rt.executors.base import GatedModel, Predictions, Setup, row_dense
 from dgate_rt.executors.early import Ticket, publish, unanswered
 from dgate_rt.gate import leaves, margin_and_label
 from dgate_rt.staged import as_tuple
+from dgate_rt.threads import alone
 
 
 class EagerExecutor:
@@ -51,6 +52,10 @@ class EagerExecutor:
         """Answer a batch; ``answered`` is called whenever ``out`` has new answers."""
         if len(x) == 0:
             return
+        with alone(model.staged):
+            self._answer(model, x, out, answered)
+
+    def _answer(self, model: GatedModel, x: Tensor, out: Predictions, answered: Callable[[], None]) -> None:
         ids = torch.arange(len(x), device=x.device)
         boundary: Tensor | tuple[Tensor, ...] = x
         del x  # the batch may be freed once the first stage has read it

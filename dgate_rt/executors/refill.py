@@ -29,6 +29,7 @@ from dgate_rt.executors.scheduler import Schedule
 from dgate_rt.gate import leaves, margin_and_label
 from dgate_rt.stage_times import gate_times, sizes_up_to, stage_times
 from dgate_rt.staged import as_tuple
+from dgate_rt.threads import alone
 
 
 class RefillExecutor:
@@ -253,13 +254,15 @@ class Line:
             self._input = _memory(x)
             return len(x)
         count = min(len(x), chunk - len(arena))
-        arena.append((x[:count],), ids[:count])
+        with alone(self._staged):
+            arena.append((x[:count],), ids[:count])
         return count
 
     @torch.inference_mode()
     def keep_input(self) -> None:
         """Let the caller have its batch back, which it may change from here on."""
-        self.arenas[0].keep()
+        with alone(self._staged):
+            self.arenas[0].keep()
 
     @torch.inference_mode()
     def advance(self) -> Tensor | None:  # [n] int64
@@ -267,7 +270,16 @@ class Line:
         turn = self._schedule.next([len(arena) for arena in self.arenas], self.open)
         if turn is None:
             return None
-        index, count = turn
+        with alone(self._staged):
+            return self._run(*turn)
+
+    def clear(self) -> None:
+        """Give up what is under way."""
+        for arena in self.arenas:
+            arena.clear()
+        self.answers = self._nowhere
+
+    def _run(self, index: int, count: int) -> Tensor:  # [count] int64
         step = self.steps[index]
         if index + 1 < len(self.steps):
             self.arenas[index + 1].keep()  # what was lent may lie where this step writes
@@ -283,12 +295,6 @@ class Line:
         else:
             self.arenas[index + 1].append(rows, ids)
         return ids
-
-    def clear(self) -> None:
-        """Give up what is under way."""
-        for arena in self.arenas:
-            arena.clear()
-        self.answers = self._nowhere
 
     def _decide(self, g: int, following: int, rows: Rows, ids: Tensor) -> None:
         """Score; keep the answers of those that leave; let the others wait before the following step."""
