@@ -16,7 +16,7 @@ whose state is the chunk of the stage before.
 
 Samples are to wait for each other only where that pays, and times of single stages promise more than a whole network
 keeps: one stage clears the caches of the next. So every stage runs on whole batches unless the chunks are expected to
-take less by `WORTH`.
+take less by `WORTH`, and unless no time is a guess: those favour small sizes.
 """
 
 from __future__ import annotations
@@ -132,14 +132,15 @@ def plan_chunks(
 def worthwhile_chunks(
     times: StageTimes, reach: Sequence[float], gated: Sequence[bool], batch_size: int, padded: bool = False
 ) -> ChunkPlan:
-    """`plan_chunks`, or whole batches in every stage where chunks are not expected to save `WORTH`.
+    """`plan_chunks`, or whole batches in every stage where chunks are not known to save `WORTH`.
 
     The arguments are those of `plan_chunks`; here every stage has times at every size, and the last is the batch size.
     """
     best = plan_chunks(times, reach, gated, batch_size, padded)
     costs = [_costs(times, stage, share, batch_size, padded)[batch_size] for stage, share in enumerate(reach)]
     whole = ChunkPlan((batch_size,) * len(costs), tuple(costs))
-    return best if sum(best.expected) <= (1 - WORTH) * sum(whole.expected) else whole
+    pays = times.complete and sum(best.expected) <= (1 - WORTH) * sum(whole.expected)
+    return best if pays else whole
 
 
 def _total(plan: ChunkPlan) -> tuple[float, list[int]]:

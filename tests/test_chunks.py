@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -120,6 +121,8 @@ def test_chunks_are_left_alone_where_they_save_little():
     reach, gated = [1.0, 0.8, 0.5, 0.25], [True] * 3
     whole = RESNET101.at_all_sizes()
     assert worthwhile_chunks(whole, reach, gated, 64) == plan_chunks(whole, reach, gated, 64)  # saves a quarter
+    guessed = replace(whole, complete=False)
+    assert worthwhile_chunks(guessed, reach, gated, 64).chunks == (64,) * len(reach)
     flat = StageTimes((1, 8, 64), ((2.0, 8.0, 64.0), (2.0, 8.0, 66.0), (9.0, 20.0, 64.0)), (0.0, 0.0))
     plan = worthwhile_chunks(flat, [1.0, 0.5, 0.5], [True] * 2, 64)
     assert plan.chunks == (64, 64, 64)
