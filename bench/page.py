@@ -42,7 +42,8 @@ share of what the stages' own times allow, measured in the same rounds by lettin
     "contest": "All rows were timed in turn in one process. *Best dense* is the fastest dense way of all engines.",
     "memory": "Resident memory of a process of its own; the second mix. Above 256 only `refill`.",
     "streams": """Batches of one size, each taken as soon as the executor asks for it; at most 64 samples run at once.
-Latency is from taking a batch to its answers, in order.""",
+Latency is from taking a batch to its answers, in order. With `max_wait=8` a batch is answered at the latest when eight
+later ones have been taken.""",
 }
 
 _WHERE: tuple[tuple[str, Callable[[Row], str]], ...] = (

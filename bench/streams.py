@@ -1,15 +1,18 @@
-"""Streams of batches of one size: throughput, and how long a sample waits for its answer, `eager` against `refill`."""
+"""Streams of batches of one size: throughput, and how long a sample waits for its answer, `eager` against `refill`.
+
+`refill` runs twice: with batches that wait until their chunks are full, and with a bound on how long they do.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 
 import numpy as np
 from torch import Tensor
 
-from dgate_rt import Runtime
+from dgate_rt import Predictions
 from dgate_rt.bench.cases import Case
 from dgate_rt.bench.record import Row
 from dgate_rt.bench.ways import GATED, Ways
@@ -18,6 +21,9 @@ from dgate_rt.timing import Timing
 
 ARRIVING = (1, 2, 4, 8, 16, 32, 64, 128)
 CHUNK = 64  # the most that runs at once
+MAX_WAIT = 8
+BOUNDED = f"refill, max_wait={MAX_WAIT}"
+Stream = Callable[[Iterator[Tensor]], Iterable[Predictions]]
 BESIDE_FULL = f"time as a multiple of batches of {CHUNK}"
 
 
@@ -33,8 +39,12 @@ def measure_streams(
     runs = {executor: ways.compile(program, executor) for executor in GATED}
     for executor, run in runs.items():
         ways.check(executor, run, program)
+    streams: dict[str, Stream] = {executor: run.stream for executor, run in runs.items()}
+    streams[BOUNDED] = partial(runs["refill"].stream, max_wait=MAX_WAIT)
     x = ways.work.workload.images
-    jobs = [(name, size, partial(_through, run, x.split(size))) for size in arriving for name, run in runs.items()]
+    jobs = [
+        (way, size, partial(_through, stream, x.split(size))) for size in arriving for way, stream in streams.items()
+    ]
     passes = _passes([job for *_, job in jobs], repeats)
     by_job = {(name, size): p for (name, size, _), p in zip(jobs, passes, strict=True)}
     rows = []
@@ -66,7 +76,7 @@ def _passes(
     return found
 
 
-def _through(run: Runtime, batches: Sequence[Tensor]) -> tuple[float, list[float]]:
+def _through(stream: Stream, batches: Sequence[Tensor]) -> tuple[float, list[float]]:
     """Milliseconds for all batches, and the latency of every sample."""
     taken: list[float] = []
 
@@ -76,6 +86,6 @@ def _through(run: Runtime, batches: Sequence[Tensor]) -> tuple[float, list[float
             yield batch
 
     start, waited = time.perf_counter(), []
-    for index, answers in enumerate(run.stream(source())):
+    for index, answers in enumerate(stream(source())):
         waited += [1e3 * (time.perf_counter() - taken[index])] * len(answers)
     return 1e3 * (time.perf_counter() - start), waited

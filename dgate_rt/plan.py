@@ -36,10 +36,6 @@ class StageBuckets:
         """What padding adds, as a share of the ideal."""
         return self.expected / self.ideal - 1 if self.ideal else 0.0
 
-    def size_for(self, count: int) -> int:
-        """The bucket that runs for so many samples; 0 for none."""
-        return next(size for size in (0, *self.sizes) if size >= count)
-
 
 def choose_buckets(
     arrivals: Floats,  # [B + 1] float64; arrivals[n] is the probability that n samples arrive

@@ -140,39 +140,57 @@ class Runtime:
         return ticket
 
     @overload
-    def stream(self, batches: Iterable[Tensor], in_order: Literal[True] = True) -> Iterator[Predictions]: ...
+    def stream(
+        self, batches: Iterable[Tensor], in_order: Literal[True] = True, max_wait: int | None = None
+    ) -> Generator[Predictions, None, None]: ...
 
     @overload
-    def stream(self, batches: Iterable[Tensor], in_order: Literal[False]) -> Iterator[tuple[int, Predictions]]: ...
+    def stream(
+        self, batches: Iterable[Tensor], in_order: Literal[False], max_wait: int | None = None
+    ) -> Generator[tuple[int, Predictions], None, None]: ...
 
     def stream(
         self,
         batches: Iterable[Tensor],  # each [N, ...], N >= 0
         in_order: bool = True,
-    ) -> Iterator[Any]:
+        max_wait: int | None = None,
+    ) -> Generator[Any, None, None]:
         """Answer batch after batch, each as a call would, and yield the answers.
 
         Batches are taken when they are needed. The executor ``"refill"`` lets samples of different batches share
         chunks: it takes as many as it needs to fill them, and answers what is under way before it takes one under new
         thresholds. ``"lag"`` works on two at once, so it has taken at most two more than it has answered; new
         thresholds hold from the next one that it takes, or the next part of one that is larger than ``batch_size``.
-        The others take one at a time. This is a generator: to close it drops the batches that are under way.
+        The others take one at a time. To close the generator drops the batches that are under way.
+
+        Nothing runs while ``batches`` is waited for, so ``max_wait`` counts batches, and no time can be promised. A
+        source that has none to give for a while may yield empty ones: they count, and let others be answered.
 
         Args:
             batches: taken one by one.
             in_order: with False each batch comes as ``(index, answers)`` as soon as its last sample is answered,
                 perhaps before one that came earlier.
+            max_wait: a batch is answered at the latest when so many later ones have been taken, before the next is; 0
+                answers each before another is taken. None: it waits for as many as fill the chunks. The parts of a
+                batch that is larger than ``batch_size`` count one by one.
 
         Raises:
-            TypeError, ValueError: as a call does, and whatever ``batches`` raises; after the answers to the batches
-                before.
+            TypeError, ValueError: at once, if ``max_wait`` is no whole number, or negative. Later as a call does, and
+                whatever ``batches`` raises; after the answers to the batches before.
         """
-        with closing(self._answered(batches, in_order)) as answered:
+        if max_wait is not None and not isinstance(max_wait, int):
+            raise TypeError(f"max_wait: expected a whole number or None, got {type(max_wait).__name__}")
+        if max_wait is not None and max_wait < 0:
+            raise ValueError(f"max_wait: expected at least 0, got {max_wait}")
+        return self._streamed(batches, in_order, max_wait)
+
+    def _streamed(self, batches: Iterable[Tensor], in_order: bool, max_wait: int | None) -> Generator[Any, None, None]:
+        with closing(self._answered(batches, in_order, max_wait)) as answered:
             for index, out in answered:
                 yield out if in_order else (index, out)
 
     def _answered(
-        self, batches: Iterable[Tensor], in_order: bool
+        self, batches: Iterable[Tensor], in_order: bool, max_wait: int | None
     ) -> Generator[tuple[int, Predictions], None, None]:  # each with its place in the stream
         executor = self._executor
         if not isinstance(executor, StreamingExecutor):
@@ -192,7 +210,7 @@ class Runtime:
         answer = executor.stream
         if not in_order and isinstance(executor, RegroupingExecutor):
             answer = executor.as_finished
-        with closing(answer(parts())) as answered:
+        with closing(answer(parts(), max_wait)) as answered:
             for rows in answered:
                 batch, window = under_way.pop(id(rows))
                 if window is not None:

@@ -123,3 +123,17 @@ def tiny_gates() -> nn.ModuleList:
 def tiny_images() -> Tensor:  # [31, 3, 16, 16] float32
     """An odd number of images, each of its own brightness."""
     return torch.randn(31, 3, 16, 16) * torch.linspace(0.2, 2.0, 31)[:, None, None, None]
+
+
+@pytest.fixture
+def images() -> Tensor:  # [129, 3, 16, 16] float32
+    """As many as make several batches, each of its own brightness, in no order."""
+    return torch.randn(129, 3, 16, 16) * torch.linspace(0.2, 2.0, 129)[torch.randperm(129), None, None, None]
+
+
+@pytest.fixture
+def program(tiny_staged, tiny_gates, images):
+    """Of which some of `images` leave at every gate."""
+    from programs import program_with
+
+    return program_with(tiny_staged, tiny_gates, images, 0.4)

@@ -56,6 +56,11 @@ def thresholds_for(margins: Tensor, share: float) -> tuple[float, ...]:
     return tuple(((ordered[:, k - 1] + ordered[:, k]) / 2).tolist())
 
 
+def program_with(staged: StagedModel, gates: nn.ModuleList, x: Tensor, share: float) -> GateProgram:
+    """A program by which about ``share`` of the batch passes the threshold of each gate."""
+    return make_program(staged, gates, thresholds_for(all_margins(staged, gates, x), share), x)
+
+
 def in_band(
     margins: Tensor,  # [G, N]
     thresholds: Sequence[float],

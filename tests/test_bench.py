@@ -84,9 +84,11 @@ def test_the_contest_knows_the_best_dense_way(case: Case, monkeypatch: pytest.Mo
 
 def test_streams_of_every_size(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = streams.measure_streams(case, *EAGER, 64, MIXED, 1, arriving=(5, 64))
-    assert [(row.way, row.batch_size) for row in rows] == [(w, n) for n in (5, 64) for w in ways.GATED]
+    assert [(row.way, row.batch_size) for row in rows] == [
+        (way, size) for size in (5, 64) for way in (*ways.GATED, streams.BOUNDED)
+    ]
     assert all(row.values["p99 latency ms"] >= row.values["p50 latency ms"] > 0 for row in rows)
-    assert [row.values[streams.BESIDE_FULL] for row in rows][2:] == [1, 1]
+    assert [row.values[streams.BESIDE_FULL] for row in rows][3:] == [1, 1, 1]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

@@ -4,124 +4,24 @@ from __future__ import annotations
 
 import itertools
 import math
-from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
-from captured_checks import agrees, check, program_of_several_tensors, random_program, simulate
+from captured_checks import agrees, check, program_of_several_tensors, random_program
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from programs import all_margins, make_program, thresholds_for
-from torch import nn
+from stream_checks import Late, joined, lagging, within
 
 import dgate_rt as dg
-from dgate_rt import StagedModel, ops
+from dgate_rt import ops
 from dgate_rt.executors import lag
-from dgate_rt.executors.captured import CapturedStages
 from dgate_rt.executors.lag import IN_FLIGHT
 from dgate_rt.graphs import driver_counts, reset_simulation
 
 pytestmark = pytest.mark.skipif(not ops.extension_loaded(), reason="the C++ extension is not built")
 
 INF = math.inf
-
-
-def lagging(program, **options):
-    return simulate(program, **{"executor": "lag", **options})
-
-
-@pytest.fixture
-def images():
-    return torch.randn(129, 3, 16, 16) * torch.linspace(0.2, 2.0, 129)[torch.randperm(129), None, None, None]
-
-
-@pytest.fixture
-def program(tiny_staged, tiny_gates, images):
-    """Of which some samples leave at every gate."""
-    return make_program(
-        tiny_staged, tiny_gates, thresholds_for(all_margins(tiny_staged, tiny_gates, images), 0.4), images
-    )
-
-
-class Late:
-    """Events that are past once they were polled ``polls`` times or waited for, and counts that are not there before.
-
-    It records what happens, in order, as (what, stream, ...): a "run" of a segment at a size, a "count" asked for, a
-    "wait" of the host for it, and what "follow"s or "lead"s the caller's stream. A stream goes by the order in which
-    batches first ran on it.
-    """
-
-    def __init__(self, polls):
-        self.polls, self.log, self.now, self.names = polls, [], None, {}
-
-    def name(self, stream):
-        return self.names.setdefault(id(stream), "abcdefgh"[len(self.names)])
-
-    def taken(self, *kinds):
-        return [(*entry[:2], *entry[2:3]) for entry in self.log if entry[0] in kinds]
-
-    @contextmanager
-    def installed(self):
-        late = self
-
-        class Stream(lag.SimulatedStream):
-            def __init__(self):
-                super().__init__()
-                self.event = Event(self)
-
-            @contextmanager
-            def current(self):
-                assert late.now is None
-                late.now = self
-                try:
-                    yield
-                finally:
-                    late.now = None
-
-            def follow(self):
-                late.log.append(("follow", self))
-
-            def lead(self):
-                late.log.append(("lead", self))
-
-        class Event(lag.SimulatedEvent):
-            def __init__(self, stream):
-                self.stream, self.left, self.hidden = stream, None, None
-
-            def record(self):
-                assert late.now is self.stream
-                late.log.append(("count", late.name(self.stream)))
-                self.left, self.hidden = late.polls() if callable(late.polls) else late.polls, self.stream.count.clone()
-                self.stream.count.fill_(-1000)
-
-            def query(self):
-                if self.left == 0:
-                    self.arrive()
-                    return True
-                self.left -= 1
-                return False
-
-            def synchronize(self):
-                if self.hidden is not None:
-                    late.log.append(("wait", late.name(self.stream)))
-                    self.arrive()
-
-            def arrive(self):
-                if self.hidden is not None:
-                    self.stream.count.copy_(self.hidden)
-                self.left, self.hidden = 0, None
-
-        original = CapturedStages.run_segment
-
-        def run_segment(stages, index, size):
-            if late.now is not None:
-                late.log.append(("run", late.name(late.now), index, size))
-            return original(stages, index, size)
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(lag, "SimulatedStream", Stream)
-            patch.setattr(CapturedStages, "run_segment", run_segment)
-            yield self
 
 
 @pytest.fixture
@@ -159,20 +59,20 @@ def test_it_agrees_with_dense_and_post_hoc_gating(tiny_staged, tiny_gates, image
     off=st.sets(st.integers(0, 4)),
     buckets=st.just("auto") | st.lists(st.integers(1, 50), max_size=4),
     polls=st.lists(st.sampled_from([0, 1, 2, 5, INF]), min_size=1, max_size=10),
+    max_wait=st.none() | st.integers(0, 3),
 )
 def test_it_agrees_on_random_programs_and_streams_however_late_the_counts(
-    seed, widths, batch, sizes, share, off, buckets, polls
+    seed, widths, batch, sizes, share, off, buckets, polls, max_wait
 ):
     program, x = random_program(seed, widths, max(1, sum(sizes)), share, off)
     delays = itertools.cycle(polls)
     with Late(lambda: next(delays)).installed():
         run = lagging(program, batch_size=batch, buckets=buckets)
         batches = x[: sum(sizes)].split(sizes)
-        outs = list(run.stream(batches))
+        outs = within(run, batches, max_wait=max_wait)
     assert [len(out) for out in outs] == sizes
     if sum(sizes):
-        whole = dg.Predictions(*(torch.cat([getattr(o, n) for o in outs]) for n in ("labels", "scores", "exits")))
-        agrees(whole, run.thresholds, program, x, most=1)
+        agrees(joined(outs), run.thresholds, program, x, most=1)
 
 
 def test_several_tensors_cross_a_cut():
@@ -248,6 +148,11 @@ def test_more_batches_may_be_in_flight(program, images, late):
     assert [out is job[1] for out, job in zip(outs, jobs[1:], strict=True)] == [True] * 5
 
 
+def test_with_a_bound_of_none_ahead_one_batch_is_in_flight(program, images, late):
+    list(lagging(program, batch_size=16, buckets=[16]).stream(images[:32].split(16), max_wait=0))
+    assert [stream for _, stream, _ in late.taken("run")] == ["a"] * 8
+
+
 def test_one_batch_waits_for_its_own_counts(program, images, late):
     check(lagging(program, buckets=[16, 32]), program, images[:50])
     assert late.taken("run", "wait") == [
@@ -299,13 +204,6 @@ def test_a_gate_that_is_off_is_not_captured(tiny_staged, tiny_gates, images, lat
     assert late.taken("wait", "count") == []
 
 
-def test_a_network_without_gates_streams():
-    staged, x = StagedModel(stages=[nn.Linear(4, 3)]).eval(), torch.randn(10, 4)
-    run = lagging(make_program(staged, nn.ModuleList(), (), x), batch_size=3, scores=True)
-    out = torch.cat([out.distances for out in run.stream(x.split(4))])
-    torch.testing.assert_close(out, staged(x).detach())
-
-
 def test_thresholds_hold_from_the_next_batch_that_is_taken(tiny_staged, tiny_gates, images):
     program = make_program(tiny_staged, tiny_gates, (1e6,) * 3, images)
     polls = itertools.chain([1, INF, 0, 0], itertools.repeat(INF))  # the second batch still is where it started
@@ -332,117 +230,12 @@ def test_batches_under_way_keep_their_gates_when_one_is_switched(tiny_staged, ti
     assert len(run._executor._free) == IN_FLIGHT
 
 
-def test_thresholds_may_be_moved_by_the_source_of_the_batches(tiny_staged, tiny_gates, images, late):
-    run = lagging(make_program(tiny_staged, tiny_gates, (1e6,) * 3, images), batch_size=16)
-
-    def batches():
-        for gate, x in enumerate(images[:48].split(16)):
-            run.set_thresholds([-1e6 if g == gate else INF for g in range(3)])
-            yield x
-
-    assert [out.exits.unique().tolist() for out in run.stream(batches())] == [[0], [1], [2]]
-
-
-@pytest.mark.parametrize("closed", ["closed", "dropped"])
-def test_a_stream_that_is_closed_early_leaves_nothing_under_way(program, images, late, simulation, closed):
-    run = lagging(program, batch_size=16)
-    outs = run.stream(itertools.cycle([images[:16], images[16:32]]))
+def test_the_callers_stream_waits_for_what_is_given_up(program, images, late):
+    outs = lagging(program, batch_size=16).stream(images.split(16))
     next(outs)
-    assert len(run._executor._free) == 1
     late.log.clear()
-    if closed == "closed":
-        outs.close()
-    del outs
+    outs.close()
     assert [entry[0] for entry in late.log] == ["lead"]
-    assert len(run._executor._free) == IN_FLIGHT
-    check(run, program, images[:40])
-    for x, out in zip(images.split(16), run.stream(images.split(16)), strict=True):
-        agrees(out, run.thresholds, program, x)
-
-
-@pytest.mark.parametrize("executor", ["lag", "graph", "eager"])
-@pytest.mark.parametrize("wrong", ["raises", "shape", "type"])
-def test_when_a_batch_is_wrong_those_before_are_answered_first(program, images, executor, wrong):
-    def batches():
-        yield images[:10]
-        yield images[10:30]
-        if wrong == "raises":
-            raise KeyError("no such file")
-        yield images[:, :2] if wrong == "shape" else [1.0]
-
-    error, message = {
-        "raises": (KeyError, "no such file"),
-        "shape": (ValueError, r"x: expected shape \[N, 3, 16, 16\], got \[129, 2, 16, 16\]"),
-        "type": (TypeError, "x: expected a torch.Tensor, got list"),
-    }[wrong]
-    with Late(INF).installed() if executor == "lag" else nullcontext():
-        run = simulate(program, executor=executor, device="cpu" if executor == "eager" else "cpu-sim")
-        outs, answered = run.stream(batches()), []
-        with pytest.raises(error, match=message):
-            answered.extend(outs)
-        assert list(map(len, answered)) == [10, 20]
-        assert list(outs) == []
-        check(run, program, images[:10])
-
-
-@pytest.mark.parametrize(("executor", "device"), [("lag", "cpu-sim"), ("graph", "cpu-sim"), ("eager", "cpu")])
-@pytest.mark.parametrize("scores", [False, True], ids=["", "scores"])
-def test_a_stream_answers_each_batch_as_a_call_does(program, images, executor, device, scores):
-    run = simulate(program, executor=executor, device=device, batch_size=16, scores=scores)
-    assert list(run.stream([])) == []
-    sizes = [5, 0, 0, 16, 17, 70, 0, 21, 0]
-    for x, out in zip(images.split(sizes), run.stream(images.split(sizes)), strict=True):
-        whole = run(x)  # while others are under way
-        for name in ("labels", "scores", "exits", "distances"):
-            assert (name == "distances" and not scores) or torch.equal(getattr(out, name), getattr(whole, name))
-        out.scores.add_(1)  # ordinary tensors
-
-
-@pytest.mark.parametrize("executor", ["lag", "graph"])
-def test_inference_mode_does_not_leak_out_of_a_stream(program, images, executor):
-    def batches():
-        for x in images[:48].split(16):
-            assert not torch.is_inference_mode_enabled()
-            assert torch.is_grad_enabled()
-            yield x.clone().requires_grad_()
-
-    for out in simulate(program, executor=executor, batch_size=16).stream(batches()):
-        assert not torch.is_inference_mode_enabled()
-        assert not out.scores.requires_grad
-        assert not out.scores.is_inference()
-
-
-def test_two_streams_of_one_runtime_do_not_mix(program, images, late):
-    run = lagging(program, batch_size=16)
-    one, two = run.stream(images.split(16)), run.stream(images.flip(0).split(16))
-    for (x, out), (y, other) in zip(
-        zip(images.split(16), one, strict=True), zip(images.flip(0).split(16), two, strict=True), strict=True
-    ):
-        agrees(out, run.thresholds, program, x)
-        agrees(other, run.thresholds, program, y)
-
-
-def test_a_stage_that_fails_says_why_and_the_runtime_goes_on(tiny_staged, tiny_gates, images, late):
-    class Fails(nn.Module):
-        armed = False
-
-        def forward(self, x):
-            if self.armed:
-                raise RuntimeError("no such luck")
-            return x
-
-    staged = StagedModel([*list(tiny_staged.stages)[:3], nn.Sequential(Fails(), tiny_staged.stages[3])]).eval()
-    program = make_program(staged, tiny_gates, (1e6,) * 3, images)
-    run = lagging(program, batch_size=16)
-    fails = run._model.staged.stages[3][0]
-    fails.armed = True
-    with pytest.raises(RuntimeError, match="no such luck"):
-        run(images[:16])
-    with pytest.raises(RuntimeError, match="no such luck"):
-        list(run.stream(images.split(16)))
-    assert len(run._executor._free) == IN_FLIGHT
-    fails.armed = False
-    check(run, program, images[:40])
 
 
 def test_on_cuda_captures_are_launched_without_the_assembler_which_asks_for_switches(monkeypatch):

@@ -40,16 +40,9 @@ def test_no_other_choice_is_cheaper(buckets: int, drawn: tuple[list[float], list
     assert len(chosen.sizes) <= buckets
     assert list(chosen.sizes) == sorted(set(chosen.sizes))
     assert chosen.sizes[-1] == len(cost) - 1
-    padded = [cost[chosen.size_for(n)] for n in range(1, len(cost))]
+    padded = [cost[min(size for size in chosen.sizes if size >= n)] for n in range(1, len(cost))]
     assert chosen.expected == pytest.approx(float(arrivals[1:] @ np.array(padded)), abs=1e-9)
     assert chosen.expected == pytest.approx(cheapest(arrivals, cost, buckets), abs=1e-9)
-
-
-def test_a_bucket_is_the_smallest_that_holds_all_and_none_is_run_for_nobody() -> None:
-    chosen = choose_buckets(binomial_arrivals(16, 0.5), np.arange(17.0), 3)
-    assert chosen.size_for(0) == 0
-    for count in range(1, 17):
-        assert chosen.size_for(count) == min(size for size in chosen.sizes if size >= count)
 
 
 def test_with_a_bucket_for_every_size_nothing_is_wasted() -> None:

@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 from captured_checks import agrees, check
-from programs import all_margins, make_program, thresholds_for
+from programs import program_with
+from stream_checks import joined, refilling
 
 import dgate_rt as dg
 from dgate_rt import ops
@@ -17,26 +18,6 @@ from dgate_rt.executors import refill
 from dgate_rt.stage_times import gate_times
 
 INF, NAN = math.inf, math.nan
-
-
-def refilling(program, chunks="auto", **options):
-    given = {"batch_size": 64, "executor": "refill", "channels_last": False, **options}
-    return dg.compile(program, chunks=chunks, **given)
-
-
-def program_with(staged, gates, x, share):
-    return make_program(staged, gates, thresholds_for(all_margins(staged, gates, x), share), x)
-
-
-@pytest.fixture
-def images():
-    return torch.randn(129, 3, 16, 16) * torch.linspace(0.2, 2.0, 129)[torch.randperm(129), None, None, None]
-
-
-@pytest.fixture
-def program(tiny_staged, tiny_gates, images):
-    """Of which some samples leave at every gate."""
-    return program_with(tiny_staged, tiny_gates, images, 0.4)
 
 
 class Mean:
@@ -67,8 +48,7 @@ def test_it_runs_on_engines_that_write_where_they_wrote_before(tiny_staged, tiny
     for count in (1, 31, 129):
         check(run, program, images[:count])
     streamed = list(run.stream(images.split(10)))
-    agrees(dg.Predictions(*(torch.cat([getattr(out, f) for out in streamed]) for f in ("labels", "scores", "exits"))),
-           program.thresholds, program, images)  # fmt: skip
+    agrees(joined(streamed), program.thresholds, program, images)
     assert "engine mean" in run.describe()
 
 

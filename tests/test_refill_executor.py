@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,7 +11,8 @@ from captured_checks import agrees, check, program_of_several_tensors, random_pr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import NETWORKS
-from programs import all_margins, in_band, make_program, random_gates, thresholds_for
+from programs import all_margins, in_band, make_program, program_with, random_gates, thresholds_for
+from stream_checks import joined, refilling, within
 from torch import nn
 
 import dgate_rt as dg
@@ -20,26 +20,6 @@ from dgate_rt import StagedModel, ops, reference
 from dgate_rt.executors import arena
 
 INF, NAN = math.inf, math.nan
-
-
-def refilling(program, chunks=None, **options):
-    given = {"batch_size": 64, "executor": "refill", "channels_last": False, **options}
-    return dg.compile(program, chunks="auto" if chunks is None else chunks, **given)
-
-
-@pytest.fixture
-def images():
-    return torch.randn(129, 3, 16, 16) * torch.linspace(0.2, 2.0, 129)[torch.randperm(129), None, None, None]
-
-
-@pytest.fixture
-def program(tiny_staged, tiny_gates, images):
-    """Of which some samples leave at every gate."""
-    return program_with(tiny_staged, tiny_gates, images, 0.4)
-
-
-def program_with(staged, gates, x, share):
-    return make_program(staged, gates, thresholds_for(all_margins(staged, gates, x), share), x)
 
 
 @pytest.fixture
@@ -67,7 +47,7 @@ def copies(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("share", [0.0, 0.4, 1.0], ids=["none", "mixed", "all"])
 @pytest.mark.parametrize("count", [0, 1, 31, 64, 129], ids="N={}".format)
-@pytest.mark.parametrize("chunks", [None, (4, 16, 3, 64)], ids=["auto", "4-16-3-64"])
+@pytest.mark.parametrize("chunks", ["auto", (4, 16, 3, 64)], ids=["auto", "4-16-3-64"])
 def test_it_agrees_with_dense_and_post_hoc_gating(
     tiny_staged, tiny_gates, images, count, share, dtype, channels_last, chunks
 ):
@@ -103,10 +83,6 @@ def test_networks(name, chunks):
         agrees(joined(outs), program.thresholds, program, x)
 
 
-def joined(outs):
-    return dg.Predictions(*(torch.cat([getattr(out, n) for out in outs]) for n in ("labels", "scores", "exits")))
-
-
 @settings(deadline=None, max_examples=250)
 @given(
     seed=st.integers(0, 2**31),
@@ -117,17 +93,15 @@ def joined(outs):
     off=st.sets(st.integers(0, 4)),
     chunks=st.lists(st.integers(1, 50), min_size=6, max_size=6),
     in_order=st.booleans(),
+    max_wait=st.none() | st.integers(0, 8),
 )
-def test_it_agrees_on_random_programs_chunks_and_streams(seed, widths, batch, sizes, share, off, chunks, in_order):
+def test_it_agrees_on_random_programs_chunks_and_streams(
+    seed, widths, batch, sizes, share, off, chunks, in_order, max_wait
+):
     program, x = random_program(seed, widths, max(1, sum(sizes)), share, off)
     run = refilling(program, chunks[: len(widths) + 1], batch_size=batch)
     batches = x[: sum(sizes)].split(sizes)
-    if in_order:
-        outs = list(run.stream(batches))
-    else:
-        found = list(run.stream(batches, in_order=False))
-        assert sorted(index for index, _ in found) == list(range(len(sizes)))
-        outs = [out for _, out in sorted(found, key=lambda pair: pair[0])]
+    outs = within(run, batches, in_order, max_wait)
     assert [len(out) for out in outs] == sizes
     if sum(sizes):
         agrees(joined(outs), run.thresholds, program, x)
@@ -222,6 +196,24 @@ def test_batches_of_a_stream_share_chunks(program, images, turns):
     assert sum(rows < 8 for rows in deeper) <= 3  # what is left in the end
 
 
+def test_what_is_due_runs_with_all_that_waits_beside_it(tiny_staged, tiny_gates, images, turns):
+    run = refilling(program_with(tiny_staged, tiny_gates, images, 0.0), (2, 4, 8, 8))
+    turns.clear()
+    outs = run.stream(images[:12].split(1), max_wait=6)
+    next(outs)  # when the seventh batch was taken; four wait before stage 2, two before stage 1, one before stage 0
+    assert turns == [(0, 2), (0, 2), (1, 4), (0, 2), (2, 4), (3, 4)]
+    assert len(list(outs)) == 11
+    assert turns[6:] == [(0, 2), (1, 4), (0, 2), (2, 4), (3, 4), (0, 2), (1, 4), (2, 4), (3, 4)]
+
+
+def test_with_a_bound_of_none_ahead_a_batch_is_run_as_by_a_call(tiny_staged, tiny_gates, images, turns, copies):
+    run = refilling(program_with(tiny_staged, tiny_gates, images, 0.0), (4, 16, 4, 64))
+    turns.clear()
+    list(run.stream(images[:8].split(4), max_wait=0))
+    assert turns == [(stage, 4) for stage in range(4)] * 2
+    assert copies == []
+
+
 @pytest.mark.parametrize("share", [0.0, 1.0], ids=["none", "all"])
 def test_one_sample_is_not_copied(tiny_staged, tiny_gates, images, copies, share):
     run = refilling(program_with(tiny_staged, tiny_gates, images, share), (4, 16, 3, 64))
@@ -277,17 +269,6 @@ def test_thresholds_hold_from_the_next_batch_and_not_for_those_under_way(tiny_st
     assert [e.unique().tolist() for e in exits] == [[3]] * 5 + [[2]] * 2
 
 
-def test_thresholds_may_be_moved_by_the_source_of_the_batches(tiny_staged, tiny_gates, images):
-    run = refilling(make_program(tiny_staged, tiny_gates, (1e6,) * 3, images), (4, 16, 3, 64))
-
-    def batches():
-        for gate, x in enumerate(images[:48].split(16)):
-            run.set_thresholds([-1e6 if g == gate else INF for g in range(3)])
-            yield x
-
-    assert [out.exits.unique().tolist() for out in run.stream(batches())] == [[0], [1], [2]]
-
-
 def test_a_batch_comes_as_soon_as_it_is_answered_where_no_order_is_asked_for(tiny_staged, tiny_gates, images):
     margins = all_margins(tiny_staged, tiny_gates, images)[0]
     order = margins.argsort()
@@ -298,87 +279,6 @@ def test_a_batch_comes_as_soon_as_it_is_answered_where_no_order_is_asked_for(tin
     assert [index for index, _ in run.stream(batches, in_order=False)] == [1, 3, 0, 2]
     for x, out in zip(batches, run.stream(batches), strict=True):
         agrees(out, program.thresholds, program, x)
-
-
-@pytest.mark.parametrize("executor", ["dense", "eager"])
-def test_others_finish_in_order(program, images, executor):
-    run = dg.compile(program, executor=executor)
-    assert [(i, len(out)) for i, out in run.stream(images.split(50), in_order=False)] == [(0, 50), (1, 50), (2, 29)]
-
-
-@pytest.mark.parametrize("in_order", [True, False])
-def test_a_stream_that_is_closed_early_leaves_nothing_behind(program, images, in_order):
-    run = refilling(program, (4, 16, 3, 64))
-    outs = run.stream(itertools.cycle(images[:126].split(7)), in_order=in_order)
-    next(outs)
-    assert run._executor._free == []
-    outs.close()
-    (line,) = run._executor._free
-    assert [len(a) for a in line.arenas] == [0] * 4
-    check(run, program, images[:40])
-
-
-@pytest.mark.parametrize("wrong", ["raises", "shape", "type"])
-def test_when_a_batch_is_wrong_those_before_are_answered_first(program, images, wrong):
-    def batches():
-        yield images[:10]
-        yield images[10:30]
-        if wrong == "raises":
-            raise KeyError("no such file")
-        yield images[:, :2] if wrong == "shape" else [1.0]
-
-    run = refilling(program, (4, 16, 3, 64))
-    outs, answered = run.stream(batches()), []
-    with pytest.raises({"raises": KeyError, "shape": ValueError, "type": TypeError}[wrong]):
-        answered.extend(outs)
-    assert list(map(len, answered)) == [10, 20]
-    assert list(outs) == []
-    check(run, program, images[:10])
-
-
-def test_a_stage_that_fails_says_why_and_the_runtime_goes_on(tiny_staged, tiny_gates, images):
-    class Fails(nn.Module):
-        armed = False
-
-        def forward(self, x):
-            if self.armed:
-                raise RuntimeError("no such luck")
-            return x
-
-    staged = StagedModel([*list(tiny_staged.stages)[:3], nn.Sequential(Fails(), tiny_staged.stages[3])]).eval()
-    program = make_program(staged, tiny_gates, (1e6,) * 3, images)
-    run = refilling(program, (4, 16, 3, 8))
-    fails = run._model.staged.stages[3][0]
-    fails.armed = True
-    with pytest.raises(RuntimeError, match="no such luck"):
-        run(images[:16])
-    with pytest.raises(RuntimeError, match="no such luck"):
-        list(run.stream(images.split(16)))
-    fails.armed = False
-    check(run, program, images[:40])
-
-
-def test_inference_mode_does_not_leak_out_of_a_stream(program, images):
-    def batches():
-        for x in images[:48].split(6):
-            assert not torch.is_inference_mode_enabled()
-            assert torch.is_grad_enabled()
-            yield x.clone().requires_grad_()
-
-    for out in refilling(program, (4, 16, 3, 64)).stream(batches()):
-        assert not torch.is_inference_mode_enabled()
-        assert not out.scores.requires_grad
-        assert not out.scores.is_inference()
-
-
-def test_calls_and_streams_side_by_side_do_not_mix(program, images):
-    run = refilling(program, (4, 16, 3, 64), batch_size=16)
-    one, two = run.stream(images.split(16)), run.stream(images.flip(0).split(16))
-    pairs = zip(images.split(16), one, images.flip(0).split(16), two, strict=True)
-    for x, out, y, other in pairs:
-        agrees(out, run.thresholds, program, x)
-        agrees(other, run.thresholds, program, y)
-        check(run, program, x)
 
 
 def test_several_threads_may_share_a_runtime(program, images):

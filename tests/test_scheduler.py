@@ -16,8 +16,13 @@ class Simulation:
         self.arenas = [[] for _ in schedule.chunks]
         self.left, self.turns = {}, []
 
-    def run(self, more):
-        while (turn := self.schedule.next(list(map(len, self.arenas)), more)) is not None:
+    def due(self, before):
+        """How many of the samples below a number have not left."""
+        return sum(sample < before for arena in self.arenas for sample in arena)
+
+    def run(self, before=0):
+        """Until no full chunk waits, and every sample below a number has left."""
+        while (turn := self.schedule.next(list(map(len, self.arenas)), self.due(before))) is not None:
             step, count = turn
             self.turns.append((*turn, list(map(len, self.arenas))))
             assert 1 <= count <= len(self.arenas[step])
@@ -30,7 +35,8 @@ class Simulation:
                     self.arenas[step + 1].append(sample)
             for arena, capacity in zip(self.arenas[1:], self.schedule.capacities[1:], strict=True):
                 assert len(arena) <= capacity
-                assert arena == sorted(arena)  # the oldest first, and none overtakes another
+            waiting = [sample for arena in reversed(self.arenas) for sample in arena]
+            assert waiting == sorted(waiting)  # the oldest first and deepest, and none overtakes another
 
 
 def schedules():
@@ -44,22 +50,35 @@ def schedules():
 
 
 @settings(max_examples=300)
-@given(schedules(), st.lists(st.integers(0, 30), max_size=12), st.integers(0, 100), st.integers(0, 2**31))
-def test_every_sample_leaves_once_at_its_step_and_no_arena_overflows(schedule, arrivals, percent, seed):
+@given(
+    schedules(),
+    st.lists(st.integers(0, 30), max_size=12),
+    st.integers(0, 100),
+    st.integers(0, 2**31),
+    st.none() | st.integers(0, 5),
+)
+def test_every_sample_leaves_once_at_its_step_and_in_time_and_no_arena_overflows(
+    schedule, arrivals, percent, seed, max_wait
+):
     def leaves(sample, step):
         return hash((sample, step, seed)) % 100 < percent
 
     simulation = Simulation(schedule, leaves)
-    count = 0
+    count, begins = 0, []  # samples so far, and of each batch the first
     for arriving in arrivals:
+        begins.append(count)
         while arriving:  # as much as the first arena takes
             taken = min(arriving, schedule.capacities[0] - len(simulation.arenas[0]))
             simulation.arenas[0] += range(count, count + taken)
             count, arriving = count + taken, arriving - taken
-            simulation.run(more=True)
+            simulation.run()
             assert all(len(a) < c for a, c in zip(simulation.arenas, schedule.chunks, strict=True))
-    assert all(count == schedule.chunks[step] for step, count, _ in simulation.turns)
-    simulation.run(more=False)
+        if max_wait is not None:
+            due = [*begins, count][max(0, len(begins) - max_wait)]
+            simulation.run(due)
+            assert set(simulation.left) >= set(range(due))
+    assert max_wait is not None or all(rows == schedule.chunks[step] for step, rows, _ in simulation.turns)
+    simulation.run(count)
     assert not any(simulation.arenas)
     last = len(schedule.chunks) - 1
     expected = {s: next((step for step in range(last) if leaves(s, step)), last) for s in range(count)}
@@ -67,17 +86,18 @@ def test_every_sample_leaves_once_at_its_step_and_no_arena_overflows(schedule, a
 
 
 @given(schedules(), st.data())
-def test_the_deepest_full_chunk_goes_first_and_what_is_left_goes_from_the_front(schedule, data):
+def test_the_deepest_full_chunk_goes_first_then_what_is_due_from_the_front(schedule, data):
     waiting = [data.draw(st.integers(0, 2 * chunk)) for chunk in schedule.chunks]
     full = [step for step, chunk in enumerate(schedule.chunks) if waiting[step] >= chunk]
-    for more in (False, True):
-        turn = schedule.next(waiting, more)
+    oldest_first = [step for step in reversed(range(len(waiting))) for _ in range(waiting[step])]
+    for due in range(len(oldest_first) + 2):
+        turn = schedule.next(waiting, due)
         if full:
             assert turn == (full[-1], schedule.chunks[full[-1]])
-        elif more or not any(waiting):
+        elif due == 0 or not any(waiting):
             assert turn is None
         else:
-            step = min(step for step, rows in enumerate(waiting) if rows)
+            step = min(oldest_first[:due])
             cut = schedule.cuts[step]
             assert turn == (step, waiting[step] if cut is None else cut[waiting[step]])
 
@@ -90,7 +110,16 @@ def test_a_chunk_goes_all_the_way_before_the_next_is_taken_in():
     schedule = Schedule((4, 4, 8), (None,) * 3)
     simulation = Simulation(schedule, lambda sample, step: False)
     simulation.arenas[0] += range(10)
-    simulation.run(more=True)
+    simulation.run()
     assert [turn[:2] for turn in simulation.turns] == [(0, 4), (1, 4), (0, 4), (1, 4), (2, 8)]
-    simulation.run(more=False)
+    simulation.run(10)
     assert [turn[:2] for turn in simulation.turns[5:]] == [(0, 2), (1, 2), (2, 2)]
+
+
+def test_what_is_due_goes_all_the_way_with_what_waits_beside_it_and_the_rest_stays():
+    schedule = Schedule((4, 4, 8, 8), (None,) * 4)
+    simulation = Simulation(schedule, lambda sample, step: False)
+    simulation.arenas = [[7, 8], [4, 5, 6], [1, 2, 3], [0]]
+    simulation.run(2)  # samples 0 and 1
+    assert [turn[:2] for turn in simulation.turns] == [(2, 3), (3, 4)]
+    assert simulation.arenas == [[7, 8], [4, 5, 6], [], []]

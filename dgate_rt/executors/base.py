@@ -152,15 +152,21 @@ class StreamingExecutor(Executor, Protocol):
     def stream(
         self,
         batches: Iterable[tuple[Tensor, Predictions]],  # each as for run, or empty
+        max_wait: int | None = None,
     ) -> Generator[Predictions, None, None]:
-        """Answer every batch and yield where its answers went, in order; to be closed if it is not run to its end."""
+        """Answer every batch and yield where its answers went, in order; to be closed if it is not run to its end.
+
+        Between two batches that are taken all are answered but the last ``max_wait``, if that is given.
+        """
 
 
 @runtime_checkable
 class RegroupingExecutor(StreamingExecutor, Protocol):
     """A streaming executor by which a batch may be answered before one that came earlier."""
 
-    def as_finished(self, batches: Iterable[tuple[Tensor, Predictions]]) -> Generator[Predictions, None, None]:
+    def as_finished(
+        self, batches: Iterable[tuple[Tensor, Predictions]], max_wait: int | None = None
+    ) -> Generator[Predictions, None, None]:
         """As `stream`, but each batch as soon as its last sample is answered."""
 
 

@@ -54,7 +54,10 @@ class LagExecutor:
             self._release(lane)
 
     def stream(
-        self, batches: Iterable[tuple[Tensor, Predictions]], in_flight: int = IN_FLIGHT
+        self,
+        batches: Iterable[tuple[Tensor, Predictions]],
+        max_wait: int | None = None,
+        in_flight: int = IN_FLIGHT,
     ) -> Generator[Predictions, None, None]:
         """Answer batch after batch, in order, with up to ``in_flight`` of them under way.
 
@@ -65,8 +68,11 @@ class LagExecutor:
 
         Args:
             batches: each as for `run`, or empty.
+            max_wait: no more than this and one are in flight.
             in_flight: memory is prepared for two; for each one more it is made at need, and kept.
         """
+        if max_wait is not None:
+            in_flight = min(in_flight, max_wait + 1)
         source: Iterator[tuple[Tensor, Predictions]] | None = iter(batches)
         under_way: deque[Lane] = deque()  # oldest first
         try:

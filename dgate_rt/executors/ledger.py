@@ -67,6 +67,11 @@ class Ledger:
             if entry.left == 0:
                 self._complete.append(number)
 
+    def due(self, max_wait: int) -> int:
+        """Samples that are not answered yet of all batches but the ``max_wait`` that came last."""
+        first_kept = self._entered - max_wait
+        return sum(entry.left for number, entry in self._under_way.items() if number < first_kept)
+
     def finished(self) -> Iterator[Predictions]:
         """Every batch that may be handed out now, its answers written."""
         while self._complete:

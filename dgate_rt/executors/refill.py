@@ -58,7 +58,7 @@ class RefillExecutor:
         """Answer one batch, straight into ``out``."""
         line = self._take()
         try:
-            line.answers, line.open = out, False
+            line.answers, line.due = out, len(x)
             line.feed(x, torch.arange(len(x), device=x.device))
             del x
             while line.advance() is not None:
@@ -66,18 +66,23 @@ class RefillExecutor:
         finally:
             self._give(line)
 
-    def stream(self, batches: Iterable[tuple[Tensor, Predictions]]) -> Generator[Predictions, None, None]:
+    def stream(
+        self, batches: Iterable[tuple[Tensor, Predictions]], max_wait: int | None = None
+    ) -> Generator[Predictions, None, None]:
         """Answer every batch, in order; samples of different batches share chunks.
 
         A batch is taken when no full chunk waits anywhere, so that many may be under way where few samples reach a late
-        stage. New thresholds hold from the next batch that is taken; what is under way is answered first. So it is if
+        stage. With ``max_wait`` all but the last so many are answered first, at the cost of chunks that are not full.
+        New thresholds hold from the next batch that is taken; what is under way is answered first. So it is if
         ``batches`` raises. When closed it leaves nothing under way.
         """
-        return self._flow(batches, in_order=True)
+        return self._flow(batches, max_wait, in_order=True)
 
-    def as_finished(self, batches: Iterable[tuple[Tensor, Predictions]]) -> Generator[Predictions, None, None]:
+    def as_finished(
+        self, batches: Iterable[tuple[Tensor, Predictions]], max_wait: int | None = None
+    ) -> Generator[Predictions, None, None]:
         """As `stream`, but each batch as soon as its last sample is answered."""
-        return self._flow(batches, in_order=False)
+        return self._flow(batches, max_wait, in_order=False)
 
     def describe(self) -> list[str]:
         """Every stage's chunk, what a sample is expected to take there, where samples are regrouped, and memory."""
@@ -119,7 +124,7 @@ class RefillExecutor:
             self.plan, self.accounts = self._planned(times, shares)
 
     def _flow(
-        self, batches: Iterable[tuple[Tensor, Predictions]], in_order: bool
+        self, batches: Iterable[tuple[Tensor, Predictions]], max_wait: int | None, in_order: bool
     ) -> Generator[Predictions, None, None]:
         ledger = Ledger(self.setup.classes, self.model.thresholds.device, in_order)
         source, line = iter(batches), self._take()
@@ -137,14 +142,13 @@ class RefillExecutor:
                     yield from _drained(line, ledger)
                     line = self._renewed(line)
                 ids = ledger.enter(out)
-                line.answers, line.open = ledger.answers, True
-                while len(ids):
-                    taken = line.feed(x, ids)
+                line.answers = ledger.answers
+                while (taken := line.feed(x, ids)) < len(ids):
                     x, ids = x[taken:], ids[taken:]
-                    yield from _advanced(line, ledger)
+                    yield from _advanced(line, ledger, None)
+                yield from _advanced(line, ledger, max_wait)
                 line.keep_input()
                 del x, out
-                yield from ledger.finished()
         finally:
             self._give(line)
 
@@ -174,18 +178,20 @@ def _told(account: Account) -> str:
     return f"gate {account.gate} takes {account.costs_ms:.3g} ms of a sample and saves {account.saves_ms:.3g} ms"
 
 
-def _advanced(line: Line, ledger: Ledger) -> Generator[Predictions, None, None]:
-    """Run all steps that can; hand out what is complete."""
-    while (ids := line.advance()) is not None:
-        ledger.note(ids)
+def _advanced(line: Line, ledger: Ledger, max_wait: int | None) -> Generator[Predictions, None, None]:
+    """Run all full chunks, and whatever all batches but the last ``max_wait`` need; hand out what is complete."""
+    while True:
         yield from ledger.finished()
+        line.due = 0 if max_wait is None else ledger.due(max_wait)
+        ids = line.advance()
+        if ids is None:
+            return
+        ledger.note(ids)
 
 
 def _drained(line: Line, ledger: Ledger) -> Generator[Predictions, None, None]:
     """Answer all that is under way."""
-    line.open = False
-    yield from _advanced(line, ledger)
-    yield from ledger.finished()
+    yield from _advanced(line, ledger, 0)
     assert len(ledger) == 0
 
 
@@ -216,17 +222,16 @@ class Line:
     Attributes:
         active: which gates are on.
         version: of the thresholds.
-        open: whether more input may come.
+        due: how many of the oldest samples under way have to be answered before more input comes.
         answers: where samples are answered, at their ids.
     """
 
     def __init__(self, model: GatedModel, chunks: tuple[int, ...], times: StageTimes | None, padded: bool) -> None:
         self._model, self._staged = model, model.staged
-        self.active, self.open = model.active, False
+        self.active, self.due = model.active, 0
         self.answers = self._nowhere = Predictions.empty(0, None, model.thresholds.device)
         with torch.inference_mode(False):
             self._thresholds = torch.empty_like(model.thresholds)
-            self._waiting = torch.zeros((), dtype=torch.int32, device=model.thresholds.device)
         self.steps = steps_of(self.active, chunks)
         tables = [None if times is None else times.table(step.stages, padded) for step in self.steps]
         cuts = tuple(None if table is None else cut_up(table)[0].tolist() for table in tables)
@@ -267,7 +272,7 @@ class Line:
     @torch.inference_mode()
     def advance(self) -> Tensor | None:  # [n] int64
         """Run the next step; returns the samples that it ran on, or None if there is nothing to run."""
-        turn = self._schedule.next([len(arena) for arena in self.arenas], self.open)
+        turn = self._schedule.next([len(arena) for arena in self.arenas], self.due)
         if turn is None:
             return None
         with alone(self._staged):
@@ -305,16 +310,18 @@ class Line:
         else:
             margin, label, distances = gate.distances(features)
             answers.distances.index_copy_(0, ids, distances)  # a later exit overwrites its rows
-        if self._passes(following, rows) and not leaves(margin, self._thresholds[g]).any():
+        survivors = len(ids) - int(leaves(margin, self._thresholds[g]).sum())
+        if survivors == len(ids) and self._passes(following, rows):
             arena.lend(rows, ids)
             return
         src = arena.laid_out(rows)
-        dest, dest_ids = arena.room(tuple(src), len(ids))
+        dest, dest_ids = arena.room(tuple(src), survivors)
+        dest_count = torch.empty((), dtype=torch.int32, device=ids.device)  # known already
         ops.route_(
             src, ids, margin, label, None, self._thresholds, g,
-            dest, dest_ids, self._waiting, answers.labels, answers.scores, answers.exits,
+            dest, dest_ids, dest_count, answers.labels, answers.scores, answers.exits,
         )  # fmt: skip
-        arena.added(int(self._waiting))
+        arena.added(survivors)
 
     def _finish(self, logits: Tensor, ids: Tensor) -> None:
         """The answers of those that ran to the end."""
@@ -326,13 +333,14 @@ class Line:
 
     def _passes(self, following: int, rows: Rows) -> bool:
         """Whether a boundary may wait where it lies: it alone will run next, and it lies in nobody else's memory."""
-        arenas = self.arenas
-        if len(arenas[following]):
+        waiting = [len(arena) for arena in self.arenas]
+        if waiting[following]:
             return False
-        more = self.open or any(map(len, arenas[:following]))
-        if more and len(rows[0]) < self.steps[following].chunk:
+        waiting[following] = len(rows[0])
+        turn = self._schedule.next(waiting, self.due)
+        if turn is None or turn[0] != following:
             return False
-        owned = {_memory(t) for arena in arenas for t in arena.own} | {self._input}
+        owned = {_memory(t) for arena in self.arenas for t in arena.own} | {self._input}
         return owned.isdisjoint(map(_memory, rows))
 
 
