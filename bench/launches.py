@@ -87,7 +87,8 @@ def count_rows() -> Iterator[tuple[str | int, ...]]:
 
 def picture() -> str:
     """The assembled graph of the small network, as an SVG file."""
-    from dgate_rt.figures import graph_figure, standalone
+    from dgate_rt.drawing import standalone
+    from dgate_rt.figures import graph_figure
 
     program, _ = small_program()
     graph = compile(program, batch_size=BATCH_SIZE, device="cpu-sim", executor="graph").describe("json")

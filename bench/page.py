@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from dgate_rt import figures
 from dgate_rt.bench import plots
 from dgate_rt.bench.record import Row, load_rows
 from dgate_rt.bench.targets import mix_name, verdicts
 from dgate_rt.bench.ways import CHUNKED, DENSE
+from dgate_rt.drawing import standalone
 
 LITTLE = 1.05
 """A gated way that is not faster by this much than the dense network in chunks does not pay."""
@@ -69,7 +69,7 @@ def write_page(path: Path, found: dict[str, Any], rows: Sequence[Row], source: s
     for part, draw in plots.PLOTS.items():
         chosen = [row for row in rows if row.part == part and row.ms]
         if chosen:
-            (folder / f"{part}.svg").write_text(figures.standalone(draw(chosen)), encoding="utf-8")
+            (folder / f"{part}.svg").write_text(standalone(draw(chosen)), encoding="utf-8")
             pictures[part] = f"![{_SAID[part]}]({folder.name}/{part}.svg)"
     path.write_text("\n".join(_page(found, rows, source, pictures)) + "\n", encoding="utf-8")
 

@@ -178,6 +178,17 @@ class DiskCache(FeatureCache):
         gates = [self._map(f"gate{i}.f32", np.float32, (self.rows, width)) for i, width in enumerate(self.widths)]
         return Features(gates, self._map("labels.i64", np.int64, (self.rows,)), self.classes)
 
+    def stored(self) -> Features:
+        """Everything that earlier fits stored, for who knows that their batches are all there and would come again.
+
+        Raises:
+            ValueError: if nothing is stored.
+        """
+        if not self._entries:
+            raise ValueError(f"cache: expected features in {self.path}, got none")
+        self.rows = sum(samples for _, samples in self._entries)
+        return self.features()
+
     def close(self) -> None:
         while self._files:
             self._files.pop().close()

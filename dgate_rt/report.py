@@ -22,6 +22,7 @@ from torch import Tensor
 import dgate_rt
 from dgate_rt import figures
 from dgate_rt.compiling import compile
+from dgate_rt.drawing import exit_colours
 from dgate_rt.errors import ExecutorError
 from dgate_rt.program import GateProgram
 from dgate_rt.timing import machine_header
@@ -235,7 +236,7 @@ def _examples(
     chosen = {name: _shown(replay, trace) for name, replay in replays.items()}
     ids = np.unique(np.concatenate([rows for exits in chosen.values() for rows in exits]))
     uris = dict(zip(ids.tolist(), figures.thumbnails(images[ids]), strict=True))
-    colours = figures.exit_colours(len(trace.margins))
+    colours = exit_colours(len(trace.margins))
     parts: list[str] = []
     for name, replay in replays.items():
         answers = trace.predictions[replay.exits, np.arange(len(trace.targets))]

@@ -133,20 +133,28 @@ def fit(
     for index, cut in enumerate(staged.cuts):
         start = time.perf_counter()
         features = training.gates[index]
-        problem = _Problem(features, training.labels, kept, training.classes, loss, l2, device)
-        generator = torch.Generator().manual_seed(seed)
-        steps = _solve(problem, epochs, lr, polish, generator)
-        for _ in track(steps, f"gate {index} ({cut})", epochs + polish // ROUND, progress):
-            pass
-        gate = Gate(features.shape[1], training.classes, pool, criterion)
-        gate.weight.data, gate.bias.data = fold(problem.weight, problem.bias, problem.mean, problem.scale)
-        gate = gate.to(device)
+        gate, reached = fit_gate(
+            features,
+            training.labels,
+            training.classes,
+            rows=kept,
+            loss=loss,
+            pool=pool,
+            criterion=criterion,
+            epochs=epochs,
+            lr=lr,
+            l2=l2,
+            polish=polish,
+            device=device,
+            seed=seed,
+            progress=f"gate {index} ({cut})" if progress else None,
+        )
         report = GateReport(
             cut=cut,
             width=gate.width,
             samples=len(kept),
             skipped=skipped,
-            objective=problem.objective(),
+            objective=reached,
             accuracy=_accuracy(gate, features, training.labels) * len(training.labels) / len(kept),
             val_accuracy=_accuracy(gate, found["val_loader"].gates[index], found["val_loader"].labels)
             if val_loader is not None
@@ -158,6 +166,33 @@ def fit(
         gates.append(gate)
         reports.append(report)
     return Gates(gates, reports)
+
+
+def fit_gate(
+    features: Tensor,  # [N, C] float32, pooled, on the CPU
+    labels: Tensor,  # [N] int64
+    classes: int,
+    *,
+    rows: Tensor,  # [M] int64; the samples to train on, none of them SKIP; one may come several times
+    loss: str = "hinge",
+    pool: Pool | str = Pool.AVG,
+    criterion: Criterion | str = Criterion.MARGIN,
+    epochs: int = 20,
+    lr: float = 0.1,
+    l2: float = 1e-3,
+    polish: int = 200,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+    progress: str | None = None,  # a name for the bar; none is shown without one
+) -> tuple[Gate, float]:  # on ``device``; the objective that it reached, in the standardised space
+    """Train one gate on features that are there already; everything else is as for `fit`."""
+    problem = _Problem(features, labels, rows, classes, loss, l2, torch.device(device))
+    steps = _solve(problem, epochs, lr, polish, torch.Generator().manual_seed(seed))
+    for _ in track(steps, progress or "", epochs + polish // ROUND, progress is not None):
+        pass
+    gate = Gate(features.shape[1], classes, pool, criterion)
+    gate.weight.data, gate.bias.data = fold(problem.weight, problem.bias, problem.mean, problem.scale)
+    return gate.to(device), problem.objective()
 
 
 def objective(

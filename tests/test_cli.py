@@ -22,7 +22,7 @@ import dgate_rt
 from dgate_rt import data, ops
 from dgate_rt.cli import app
 
-COMMANDS = ["demo", "train", "fit", "calibrate", "run", "bench", "report", "doctor", "flops"]
+COMMANDS = ["demo", "train", "fit", "calibrate", "run", "bench", "report", "doctor", "flops", "experiment"]
 
 
 def dgate(*arguments: object, code: int = 0):

@@ -1,0 +1,1 @@
+"""The experiments of the paper, each a command: ``dgate experiment NAME``."""

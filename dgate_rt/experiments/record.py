@@ -1,0 +1,93 @@
+"""The JSON file of an experiment: what was found, and everything that tells where it comes from."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import dgate_rt
+from dgate_rt.cli.console import finite, whole_file
+from dgate_rt.experiments.experiment import Experiment
+from dgate_rt.experiments.workbench import Workbench
+from dgate_rt.timing import commit, machine_header
+
+Record = dict[str, Any]
+"""``experiment``, ``settings``, ``options``, ``result``; the others say by what, where and when."""
+_FORMAT = "dgate_rt.experiment"
+_DIGITS = 6
+
+
+def run(experiment: Experiment, bench: Workbench, options: Any, command: Sequence[str]) -> Record:
+    """Run an experiment and keep its record in the folder of the workbench, whole or not at all.
+
+    For one machine and one commit the settings and options decide every number of the result, but for measured times:
+    to the bit, interrupted and resumed or not.
+    """
+    start = time.perf_counter()
+    result = experiment.run(bench, options)
+    record = {
+        "format": _FORMAT,
+        "experiment": experiment.name,
+        "command": " ".join(command),
+        "commit": commit(),
+        "machine": machine_header(),
+        "versions": {"dgate_rt": dgate_rt.__version__, "numpy": np.__version__},
+        "seconds": round(time.perf_counter() - start, 1),
+        "settings": bench.settings,
+        "options": asdict(options),
+        "result": _rounded(result),
+    }
+    record = finite(record)
+    with whole_file(bench.folder / f"{experiment.name}.json") as file:
+        json.dump(record, file, indent=1, allow_nan=False)
+        file.write("\n")
+    return record
+
+
+def load(sources: Iterable[Path]) -> list[Record]:
+    """The records in files, and in folders those of all files that hold one.
+
+    Raises:
+        FileNotFoundError: if there is nothing of that name.
+        ValueError: if a file holds no record, or a folder none.
+    """
+    records = []
+    for source in sources:
+        if not source.exists():
+            raise FileNotFoundError(f"results: no such file or folder: {source}")
+        if not source.is_dir():
+            record = _read(source)
+            if record is None:
+                raise ValueError(f"results: expected a file of dgate experiment, got {source}")
+            records.append(record)
+            continue
+        found = [record for path in sorted(source.glob("*.json")) if (record := _read(path))]
+        if not found:
+            raise ValueError(f"results: expected files of dgate experiment in {source}, got none")
+        records += found
+    return records
+
+
+def _read(path: Path) -> Record | None:
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"results: {path} is no whole JSON file ({error})") from error
+    return record if isinstance(record, dict) and record.get("format") == _FORMAT else None
+
+
+def _rounded(value: Any) -> Any:
+    """Plain numbers, to so many digits as there is sense in."""
+    if isinstance(value, dict):
+        return {str(key): _rounded(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, np.ndarray)):
+        return [_rounded(item) for item in value]
+    if isinstance(value, (float, np.floating)):
+        return float(f"{value:.{_DIGITS}g}")
+    return value.item() if isinstance(value, np.generic) else value
