@@ -290,6 +290,10 @@ def _cifar(
     kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
     if not download and not (path / folder).is_dir():
         raise ValueError(f"root: no folder {folder!r}: {_listing(path)}; download=True fetches it")
+    files = [kind.meta["filename"], *(file for file, _ in (*kind.train_list, *kind.test_list))]
+    missing = [file for file in files if not (path / folder / file).is_file()]
+    if missing and not download:
+        raise ValueError(f"root: no file {missing[0]!r}: {_listing(path / folder)}; download=True fetches it")
     try:
         full, test = (kind(str(path), train=train, download=download) for train in (True, False))
     except Exception as error:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 import dgate_rt
 from dgate_rt import backbones, pretrain
+from dgate_rt.agreement import check_agreement
 from dgate_rt.calibrate import calibrate
 from dgate_rt.compiling import compile
 from dgate_rt.data import DataBundle
@@ -39,8 +40,6 @@ MIN_ACCURACY = 0.90
 """A network that is right less often is not worth speeding up."""
 MAX_SHARE = 0.80
 """A task of which one gate takes more than this at no drop is too easy to show anything."""
-_NOISE = 1e-3
-"""Float noise of a margin when layout and batch size change, relative to a threshold of at least one."""
 _TIMED_BATCHES, _ROUNDS = 16, 5
 _DENSE = "dense"
 
@@ -219,35 +218,9 @@ def _answer(programs: Mapping[str, GateProgram], images: Tensor, trace: Trace) -
     for name, program in programs.items():
         run = compile(program, batch_size=BATCH_SIZE, executor="eager", scores=True)
         answers[name] = run(images)
-        _check_agreement(name, program, trace, answers[name])
+        check_agreement(name, program, trace, answers[name])
     answers[_DENSE] = compile(program, batch_size=BATCH_SIZE, executor="dense")(images)
     return answers
-
-
-def _check_agreement(name: str, program: GateProgram, trace: Trace, answers: Predictions) -> None:
-    """Compare with gates applied afterwards; only a margin at its threshold, or a tie of two classes, may go both ways.
-
-    Raises:
-        RuntimeError: if another sample left at another exit or with another label.
-    """
-    replay, every = trace.replay(program.thresholds, program.costs), np.arange(len(trace.targets))
-    exits, labels = answers.exits.numpy(), answers.labels.numpy()
-    elsewhere = exits != replay.exits
-    wrong = elsewhere | (labels != trace.predictions[replay.exits, every])
-    first = np.minimum(np.minimum(exits, replay.exits), len(trace.margins) - 1)
-    thresholds = np.asarray(program.thresholds)[first]
-    near = np.abs(trace.margins[first, every] - thresholds) <= _NOISE * np.maximum(1, np.abs(thresholds))
-    at_threshold = near & np.isfinite(thresholds)
-    assert answers.distances is not None
-    best, second = answers.distances.topk(2).values.T.numpy()
-    tied = best - second <= _NOISE * np.maximum(1, np.abs(best))
-    wrong &= ~np.where(elsewhere, at_threshold, tied)
-    if wrong.any():
-        sample = int(np.flatnonzero(wrong)[0])
-        raise RuntimeError(
-            f"{name}: {wrong.sum()} of {len(wrong)} samples were answered otherwise than by the dense network with the "
-            f"gates applied afterwards; sample {sample}: expected exit {replay.exits[sample]}, got {exits[sample]}"
-        )
 
 
 def _times(programs: Mapping[str, GateProgram], images: Tensor, progress: bool) -> dict[str, dict[str, float]]:

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import math
 import os
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from html import escape
-from pathlib import Path
-from string import Template
 from typing import Any
 
 import numpy as np
@@ -19,13 +15,11 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-import dgate_rt
-from dgate_rt import figures
+from dgate_rt import figures, webpage
 from dgate_rt.compiling import compile
 from dgate_rt.drawing import exit_colours
 from dgate_rt.errors import ExecutorError
 from dgate_rt.program import GateProgram
-from dgate_rt.timing import machine_header
 from dgate_rt.trace import Replay, Trace
 
 _RIGHT_SHOWN, _WRONG_SHOWN = 12, 4
@@ -131,28 +125,16 @@ def write_report(
     _check(programs, trace, images, classes)
     replays = {name: trace.replay(program.thresholds, program.costs) for name, program in programs.items()}
     sections = [
-        _section("table", "Accuracy and cost", _table(HEADINGS, map(cells, table)) + _TABLE_NOTE),
-        _section("frontier", "The frontier", _frontier(programs, replays, trace)),
-        _section("exits", "Where samples leave", _exits(programs, replays, trace)),
-        _section("classes", "Classes by exit", _classes(programs, replays, trace, classes)),
+        webpage.section("table", "Accuracy and cost", webpage.table(HEADINGS, map(cells, table)) + _TABLE_NOTE),
+        webpage.section("frontier", "The frontier", _frontier(programs, replays, trace)),
+        webpage.section("exits", "Where samples leave", _exits(programs, replays, trace)),
+        webpage.section("classes", "Classes by exit", _classes(programs, replays, trace, classes)),
     ]
     if images is not None:
-        sections.append(_section("examples", "Examples", _examples(programs, replays, trace, images, classes)))
+        sections.append(webpage.section("examples", "Examples", _examples(programs, replays, trace, images, classes)))
     if graph is not None:
-        sections.append(_section("graph", "The assembled graph", _graph(*next(iter(programs.items())), graph)))
-    machine = " · ".join(f"{key.replace('_', ' ')} {value}" for key, value in machine_header().items() if value)
-    written = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
-    command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
-    page = _PAGE.substitute(
-        title=escape(title),
-        notes="".join(f"<p>{escape(note)}</p>" for note in notes),
-        machine=escape(machine),
-        origin=escape(f"dgate_rt {dgate_rt.__version__} · {written} · {command}"),
-        body="".join(sections),
-    )
-    partial = Path(f"{os.fspath(path)}.partial")
-    partial.write_text(page, encoding="utf-8")
-    os.replace(partial, path)
+        sections.append(webpage.section("graph", "The assembled graph", _graph(*next(iter(programs.items())), graph)))
+    webpage.write_page(path, title, notes, sections)
 
 
 def _check(programs: Mapping[str, GateProgram], trace: Trace, images: Tensor | None, classes: Sequence[str]) -> None:
@@ -203,7 +185,7 @@ def _exits(programs: Mapping[str, GateProgram], replays: Mapping[str, Replay], t
                 str(here.sum()), f"{here.mean():.1%}", _mean(answered[here]), _mean(trace.correct[-1][here]),
             ])  # fmt: skip
     headings = ("Program", "Exit", "Threshold", "Samples", "Share", "Accuracy there", "Whole network on the same")
-    return figure + _table(headings, rows)
+    return figure + webpage.table(headings, rows)
 
 
 def _classes(
@@ -303,16 +285,6 @@ def _mean(correct: NDArray[np.bool_]) -> str:
     return f"{correct.mean():.2%}" if len(correct) else "–"
 
 
-def _table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    head = "".join(f"<th>{escape(heading)}</th>" for heading in headings)
-    body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
-def _section(name: str, heading: str, body: str) -> str:
-    return f'<section id="{name}"><h2>{heading}</h2>{body}</section>'
-
-
 _TABLE_NOTE = (
     "<p>Accuracy and FLOPs on the test data; a multiply-add is two FLOPs, and the gates' own count. Time a sample is "
     "the median of runs in turn with the dense network. Reduction and speed-up are shares of its FLOPs and time, as in "
@@ -323,54 +295,3 @@ _SIMULATED = (
     " This is the graph of the recording driver, which simulates CUDA's on the CPU: there each capture is one node. It "
     "has not run on a GPU."
 )
-
-_PAGE = Template("""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>$title</title>
-<style>
-:root { color-scheme: light dark; --ink: #1d2127; --soft: #626b77; --faint: #c5cbd3; --ground: #fff; --wrong: #c2304e; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e4e7eb; --soft: #9aa4b1; --faint: #4a525d; --ground: #15181c; --wrong: #ff6b86; }
-}
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 68rem; padding: 2.5rem 1.25rem 4rem; background: var(--ground); color: var(--ink);
-  font: 16px/1.5 system-ui, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
-h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 .75rem; }
-h2 { font-size: 1.25rem; margin: 3rem 0 1rem; padding-bottom: .3rem; border-bottom: 1px solid var(--faint); }
-h4 { font-size: .95rem; margin: 1.2rem 0 .5rem; }
-h4 i { display: inline-block; width: .75em; height: .75em; border-radius: 2px; margin-right: .5em; }
-p { max-width: 46rem; margin: .6rem 0; }
-header p.fine, section > p, figure > p { color: var(--soft); font-size: .875rem; }
-.scroll { overflow-x: auto; }
-.scroll svg { max-width: none; }
-table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; margin: .5rem 0 1rem; }
-th, td { padding: .35rem .9rem; text-align: right; white-space: nowrap; }
-th { font-weight: 600; border-bottom: 1px solid var(--ink); }
-td { border-bottom: 1px solid var(--faint); }
-th:first-child, td:first-child { text-align: left; padding-left: 0; }
-#exits :is(th, td):nth-child(2) { text-align: left; }
-svg { display: block; max-width: 100%; height: auto; overflow: visible; }
-svg * { stroke-linejoin: round; stroke-linecap: butt; }
-svg text { font-family: system-ui, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif !important; }
-figure { margin: 0; }
-.side { display: flex; flex-wrap: wrap; gap: 1.5rem 3rem; }
-.side > figure { flex: 0 1 auto; max-width: 100%; }
-summary { cursor: pointer; font-weight: 600; margin: .75rem 0; }
-.images { display: flex; flex-wrap: wrap; gap: .5rem; }
-.images figure { text-align: center; font-size: .78rem; line-height: 1.3; }
-.images figcaption { max-width: 7rem; overflow-wrap: anywhere; }
-.images img { display: block; border-radius: 4px; margin: 0 auto .15rem; width: 52px; height: auto;
-  image-rendering: pixelated; }
-.images .wrong img { outline: 2px solid var(--wrong); outline-offset: -1px; }
-.images .wrong figcaption { color: var(--wrong); }
-</style>
-</head>
-<body>
-<header><h1>$title</h1>$notes<p class="fine">$machine<br>$origin</p></header>
-<main>$body</main>
-</body>
-</html>
-""")

@@ -289,6 +289,12 @@ def test_a_missing_folder_is_named_beside_what_exists(tmp_path):
         data.load("folder", root=tmp_path / "nowhere")
 
 
+def test_an_incomplete_cifar_names_the_file(cifar_root):
+    (cifar_root / "cifar-10-batches-py" / "data_batch_3").unlink()
+    with pytest.raises(ValueError, match=r"root: no file 'data_batch_3': .*cifar-10-batches-py holds batches.meta"):
+        data.load("cifar10", root=cifar_root)
+
+
 def test_a_damaged_cifar_is_refused(cifar_root, monkeypatch):
     monkeypatch.undo()  # checksums are looked at again
     with pytest.raises(ValueError, match=r"cannot read cifar10 from .*not found or corrupted.*holds batches.meta"):

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from dgate_rt import Predictions, backbones, load, pretrain
+from dgate_rt.agreement import check_agreement
 
 demo = pytest.importorskip("dgate_rt.demo", reason="matplotlib is not installed", exc_type=ImportError)
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
@@ -133,7 +134,7 @@ def test_a_wrong_answer_stops_the_demo(first, what):
     images, trace = demo._test_data(pretrain.QUICK.load_data(), programs, progress=False)
     found = demo._answer(programs, images, trace)[name]
     answers = Predictions(*(t.clone() for t in (found.labels, found.scores, found.exits, found.distances)))
-    demo._check_agreement(name, program, trace, answers)
+    check_agreement(name, program, trace, answers)
     margins = np.where(np.isfinite(program.thresholds), trace.margins.T - program.thresholds, -9).T
     clear = int(np.abs(margins).min(0).argmax())  # far from every threshold
     if what == "label":
@@ -142,7 +143,7 @@ def test_a_wrong_answer_stops_the_demo(first, what):
     else:
         answers.exits[clear] = (answers.exits[clear] + 1) % 4
     with pytest.raises(RuntimeError, match=f"no drop: 1 of {len(images)} samples .* sample {clear}: expected exit"):
-        demo._check_agreement(name, program, trace, answers)
+        check_agreement(name, program, trace, answers)
 
 
 @pytest.mark.parametrize(

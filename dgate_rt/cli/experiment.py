@@ -54,9 +54,11 @@ def experiment(
     batch_size: Annotated[
         int | None, typer.Option("--batch-size", "-b", min=1, help="Its samples a batch; 64 by default.")
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Of its weights and order.")] = 0,
+    seed: Annotated[int | None, typer.Option("--seed", help="Of its weights and order; 0 by default.")] = None,
     image_size: Annotated[int | None, typer.Option("--image-size", min=1, help="Pixels a side.")] = None,
-    data_seed: Annotated[int, typer.Option("--data-seed", help="Of the split into train, val and test.")] = 0,
+    data_seed: Annotated[
+        int | None, typer.Option("--data-seed", help="Of the split into train, val and test; 0 by default.")
+    ] = None,
     cache_gb: Annotated[float, typer.Option("--cache-gb", help="The most that features of one split may take.")] = 32.0,
     root: Root = None,
     download: Download = False,
@@ -71,7 +73,7 @@ def experiment(
     """
     from dgate_rt import pretrain
     from dgate_rt.cli.files import device_of
-    from dgate_rt.experiments import record
+    from dgate_rt.experiments import page, record
     from dgate_rt.experiments.experiment import NAMES, find
     from dgate_rt.experiments.workbench import Training, Workbench
 
@@ -84,22 +86,21 @@ def experiment(
     options = [one.configured(quick, set_ or ()) for one in chosen]
     if output is None:
         raise ValueError("output: expected a folder (-o FOLDER), got none")
-    training = Training(seed=seed)
+    given = {"epochs": epochs, "lr": lr, "batch_size": batch_size, "seed": seed}
+    untouched = all(value is None for value in given.values())
+    training = None if network is not None and untouched else Training().but(**given)
     if quick and network is None:
         recipe = pretrain.QUICK
         data, backbone, width = data or recipe.dataset, backbone or recipe.name, width or recipe.width
         image_size = image_size or recipe.image_size
-        training = Training(recipe.epochs, recipe.batch_size, recipe.lr, augment=False, seed=seed)
-    given = {"epochs": epochs, "lr": lr, "batch_size": batch_size}
-    if network is not None and any(given.values()):
-        raise ValueError("epochs, lr, batch-size: expected none beside --network, which is trained already")
+        training = Training(recipe.epochs, recipe.batch_size, recipe.lr, augment=False).but(**given)
     bench = Workbench(
         output,
         data=data,
         backbone=backbone,
         width=width,
         network=network,
-        training=training.but(**given),
+        training=training,
         image_size=image_size,
         data_seed=data_seed,
         root=root,
@@ -111,14 +112,18 @@ def experiment(
     records = []
     for one, configured in zip(chosen, options, strict=True):
         say(f"{one.name}: {one.title}")
-        records.append(record.run(one, bench, configured, ["dgate", *sys.argv[1:]]))
+        found = record.run(one, bench, configured, ["dgate", *sys.argv[1:]])
+        page.write_figures(output / "figures", found)
         say(f"wrote {output / one.name}.json")
+        records.append(found)
     if json_:
         emit_json({found["experiment"]: found for found in records})
         return
     for one, found in zip(chosen, records, strict=True):
-        for shown in one.tables(found["result"]):
+        for shown in (*one.tables(found["result"]), *one.reported):
             print_table(table(shown.columns, shown.rows), f"{one.title} ({one.source}): {shown.title}")
+            if shown.note:
+                out.print(shown.note, markup=False, soft_wrap=True)
         for said in found["result"]["claims"]:
             verdict = "holds" if said["holds"] else "does not hold"
             out.print(f"{verdict}: {said['claim']}. Here: {said['seen']}.", markup=False, soft_wrap=True)

@@ -164,11 +164,17 @@ def _at(program: GateProgram, max_drop: float | None, path: Path) -> GateProgram
     epilog=examples(
         "dgate report program.safetensors net.safetensors -o report.html",
         "dgate report program.safetensors net.safetensors --max-drop 0 --max-drop 0.01 -o report.html",
+        "dgate report results/ -o report.html",
     )
 )
 def report(
-    program: ProgramFile,
-    network: NetworkFile,
+    sources: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="PROGRAM NETWORK | RESULTS...",
+            help="A program and its network; or folders or JSON files of [bold]dgate experiment[/bold].",
+        ),
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Write the page here.")] = Path("report.html"),
     data: DataName = None,
     max_drop: Annotated[
@@ -187,7 +193,13 @@ def report(
     workers: Workers = 0,
     json_: Json = False,
 ) -> None:
-    """Run dense and gated on the test split, and write one self-contained page about it."""
+    """Write one self-contained page: of dense and gated runs on the test split, or of experiments that were run."""
+    if all(source.is_dir() or source.suffix == ".json" for source in sources):
+        _report_experiments(sources, output, json_)
+        return
+    if len(sources) != 2:
+        raise ValueError(f"sources: expected a program and its network, or results, got {len(sources)} files")
+    program, network = sources
     from dgate_rt.cli.files import device_of, open_data, open_network, open_program
     from dgate_rt.cli.testing import measure, pictures
     from dgate_rt.report import console_table, simulated_graph, write_report
@@ -227,3 +239,13 @@ def report(
         emit_json({"output": output, "rows": [asdict(row) for row in rows]})
     else:
         print_table(console_table(rows))
+
+
+def _report_experiments(sources: list[Path], output: Path, json_: bool) -> None:
+    from dgate_rt.experiments import page, record
+
+    records = record.load(sources)
+    page.write_html(output, records)
+    say(f"wrote {output}")
+    if json_:
+        emit_json({"output": output, "records": list(records.values())})

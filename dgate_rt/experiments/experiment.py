@@ -13,7 +13,7 @@ from typing import Any
 
 from dgate_rt.experiments.workbench import Workbench
 
-NAMES = ("surfaces",)
+NAMES = ("losses", "surfaces", "points", "classes")
 """The modules of this package that hold an experiment, in the order of the paper."""
 Result = dict[str, Any]
 """What a run found, as JSON has it; under ``claims`` a list of `claim`."""
@@ -42,6 +42,7 @@ class Experiment:
     run: Callable[[Workbench, Any], Result]
     tables: Callable[[Result], list[Table]]
     figures: Callable[[Result], Mapping[str, str]]  # by name: an SVG element, or a PNG as data URI
+    reported: Sequence[Table] = ()  # what others reported, to hold it against
 
     def configured(self, quick: bool, pairs: Sequence[str] = ()) -> Any:
         """The options, with those of ``name=value`` in ``pairs`` changed; tuples have commas between their numbers.

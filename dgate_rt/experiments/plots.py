@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import base64
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+from torch import Tensor
 
 from dgate_rt.drawing import GATES, INK, NETWORK, PALETTE, STYLE, canvas, percent, svg_of
 
@@ -12,6 +16,9 @@ from dgate_rt.drawing import GATES, INK, NETWORK, PALETTE, STYLE, canvas, percen
 import matplotlib as mpl
 import numpy as np
 from numpy.typing import ArrayLike
+from PIL import Image
+
+_TILE, _GAP = 64, 2  # pixels
 
 
 @dataclass(frozen=True)
@@ -22,6 +29,8 @@ class Band:
     middle: Sequence[float]
     low: Sequence[float]
     high: Sequence[float]
+    colour: int = 0
+    dashed: bool = False
 
 
 def bands_figure(
@@ -31,17 +40,17 @@ def bands_figure(
     title: str,
     at: tuple[float, float] | None = None,  # the network without gates
 ) -> str:
-    """Shares over one axis, each line with its band."""
+    """Shares over shares, each line with its band."""
     with mpl.rc_context(STYLE):
         figure, axes = canvas(6.4, 3.6)
-        for index, (name, band) in enumerate(bands.items()):
-            colour = PALETTE[index % len(PALETTE)]
-            dashes = "-" if index < len(PALETTE) else "--"
-            axes.plot(band.x, band.middle, dashes, color=colour, label=name)
+        for name, band in bands.items():
+            colour = PALETTE[band.colour % len(PALETTE)]
+            axes.plot(band.x, band.middle, "--" if band.dashed else "-", color=colour, label=name)
             axes.fill_between(band.x, band.low, band.high, color=colour, alpha=0.2, linewidth=0)
         if at is not None:
             axes.plot(*at, "X", color=NETWORK, markersize=8, label="network without gates")
-        axes.yaxis.set_major_formatter(percent)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(percent)
         axes.set_xlabel(x)
         axes.set_ylabel(y)
         axes.grid(True, alpha=0.6)
@@ -70,3 +79,39 @@ def surface_figure(
         axes.set_ylabel(names[1])
         axes.set_title(title, fontsize=9)
         return svg_of(figure, title, title)
+
+
+def marked_figure(marks: Mapping[str, Sequence[tuple[float, float]]], x: str, y: str, title: str) -> str:
+    """Points of several series, shares over shares."""
+    with mpl.rc_context(STYLE):
+        figure, axes = canvas(6.4, 3.2)
+        for (name, places), colour, marker in zip(marks.items(), PALETTE, "os^Dvp", strict=False):
+            axes.plot(*zip(*places, strict=True), marker, color=colour, linestyle="none", markersize=7, label=name)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(percent)
+        axes.set_xlim(0, 1.05)
+        axes.set_xlabel(x)
+        axes.set_ylabel(y)
+        axes.grid(True, alpha=0.6)
+        axes.legend(fontsize=8)
+        return svg_of(figure, title, title)
+
+
+def mosaic(
+    images: Tensor,  # [N, C, H, W] in 0..1
+    columns: int = 8,
+) -> str:
+    """The images side by side, row after row, as a PNG data URI; each about 64 pixels a side, tiny ones magnified."""
+    pixels = (255 * images).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
+    pixels = pixels.repeat(max(1, _TILE // pixels.shape[1]), 1).repeat(max(1, _TILE // pixels.shape[2]), 2)
+    tiles = [Image.fromarray(tile[..., 0] if tile.shape[2] == 1 else tile) for tile in pixels]
+    for tile in tiles:
+        tile.thumbnail((_TILE, _TILE))
+    width, height = (tiles[0].width + _GAP, tiles[0].height + _GAP) if tiles else (1, 1)
+    rows = -(-len(tiles) // columns)
+    whole = Image.new(tiles[0].mode if tiles else "L", (max(1, columns * width - _GAP), max(1, rows * height - _GAP)))
+    for index, tile in enumerate(tiles):
+        whole.paste(tile, (index % columns * width, index // columns * height))
+    buffer = io.BytesIO()
+    whole.save(buffer, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

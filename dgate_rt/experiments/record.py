@@ -50,27 +50,23 @@ def run(experiment: Experiment, bench: Workbench, options: Any, command: Sequenc
     return record
 
 
-def load(sources: Iterable[Path]) -> list[Record]:
-    """The records in files, and in folders those of all files that hold one.
+def load(sources: Iterable[Path]) -> dict[Path, Record]:
+    """The records in files, and in folders those of all files that hold one, by their file.
 
     Raises:
         FileNotFoundError: if there is nothing of that name.
         ValueError: if a file holds no record, or a folder none.
     """
-    records = []
+    records: dict[Path, Record] = {}
     for source in sources:
         if not source.exists():
             raise FileNotFoundError(f"results: no such file or folder: {source}")
-        if not source.is_dir():
-            record = _read(source)
-            if record is None:
-                raise ValueError(f"results: expected a file of dgate experiment, got {source}")
-            records.append(record)
-            continue
-        found = [record for path in sorted(source.glob("*.json")) if (record := _read(path))]
+        paths = sorted(source.glob("*.json")) if source.is_dir() else [source]
+        found = {path: record for path in paths if (record := _read(path)) is not None}
         if not found:
-            raise ValueError(f"results: expected files of dgate experiment in {source}, got none")
-        records += found
+            wanted = "files of dgate experiment in" if source.is_dir() else "a file of dgate experiment, got"
+            raise ValueError(f"results: expected {wanted} {source}")
+        records |= found
     return records
 
 

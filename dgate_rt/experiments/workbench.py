@@ -76,9 +76,9 @@ class Workbench:
         backbone: its name; None takes that of ``network``.
         width: factor on its channel counts.
         network: a file of ``dgate train``; without it a network is trained here.
-        training: how.
-        image_size: pixels a side.
-        data_seed: of the split of the data; that of ``network`` where one is given.
+        training: how; with ``network`` neither this nor the next two, which it decides.
+        image_size: pixels a side; by default the images keep their size.
+        data_seed: of the split of the data, 0 by default.
         root: where the data is.
         download: fetch CIFAR into the root where it is missing.
         device: where the network runs.
@@ -101,7 +101,7 @@ class Workbench:
         network: Path | None = None,
         training: Training | None = None,
         image_size: int | None = None,
-        data_seed: int = 0,
+        data_seed: int | None = None,
         root: Path | None = None,
         download: bool = False,
         device: torch.device | str = "cpu",
@@ -114,15 +114,19 @@ class Workbench:
         self.training = None if network else training or Training()
         self._given = None
         if network is not None:
+            if any(given is not None for given in (training, image_size, data_seed)):
+                raise ValueError("training, image_size, data_seed: expected none beside network, which decides them")
             self._given = _open(network, backbone, width, self.device)
             self.bundle = open_data(self._given, data, root, download)
             self.meta = self._given.meta
         else:
+            data_seed = data_seed or 0
             self.bundle = _load(data, root, image_size, data_seed, download)
             if backbone is None:
                 raise ValueError("backbone: expected a name, or a network that is trained already, got neither")
             self.meta = BackboneMeta.of(backbone, 1.0 if width is None else width, self.bundle, data_seed)
         self.cuts = backbones.default_cuts(self.meta.name)
+        self._staged: dict[tuple[str, ...], StagedModel] = {}
         self.settings = self._settings()
         self.store = Store(self.folder / "kept")
         _claim(self.folder / "settings.json", self.settings)
@@ -138,7 +142,7 @@ class Workbench:
             "backbone": meta.name,
             "width": meta.width,
             "training": self.training and asdict(self.training),
-            "network": None if self._given is None else self._cut(self._given.model, self.cuts).fingerprint(),
+            "network": self.fingerprint if self._given else None,
         }
         return json.loads(json.dumps(settings))
 
@@ -180,12 +184,12 @@ class Workbench:
         """One image of the validation split."""
         return self.bundle.val[0][0][None].to(self.device)
 
-    def _cut(self, model: nn.Module, cuts: Sequence[str]) -> StagedModel:
-        return split(model, at=list(cuts), example=self.example)
-
     def staged(self, cuts: Sequence[str]) -> StagedModel:
         """The network, cut."""
-        return self._cut(self.model, cuts)
+        cuts = tuple(cuts)
+        if cuts not in self._staged:
+            self._staged[cuts] = split(self.model, at=list(cuts), example=self.example)
+        return self._staged[cuts]
 
     @cached_property
     def fingerprint(self) -> str:
@@ -288,17 +292,22 @@ class Workbench:
             parts.append(scores_of(gates, pooled, found[0].gates[-1], found[0].labels))
         return Scores.joined(parts)
 
-    def costs(self, specs: Sequence[GateSpec]) -> Costs:
+    def costs(self, specs: Sequence[GateSpec], cuts: Sequence[str] | None = None) -> Costs:
         """FLOPs of every stage and gate."""
-        return measure_costs(self.staged([spec.cut for spec in specs]), self.gates(specs), self.example)
+        return measure_costs(self.staged([spec.cut for spec in specs]), self.gates(specs, cuts), self.example)
 
     def program(
-        self, specs: Sequence[GateSpec], point: OperatingPoint, costs: Costs, network_accuracy: float
+        self,
+        specs: Sequence[GateSpec],
+        point: OperatingPoint,
+        costs: Costs,
+        network_accuracy: float,
+        cuts: Sequence[str] | None = None,
     ) -> GateProgram:
         """Network and gates at an operating point, to be compiled."""
         return GateProgram(
             staged=self.staged([spec.cut for spec in specs]),
-            gates=tuple(gate.to(self.device) for gate in self.gates(specs)),
+            gates=tuple(gate.to(self.device) for gate in self.gates(specs, cuts)),
             thresholds=point.thresholds,
             point=point,
             frontier=Frontier((point,)),

@@ -1,0 +1,173 @@
+"""Hinge loss against cross-entropy: accuracy over FLOPs with gates of either, by every criterion (Figure 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dgate_rt.cost import Costs
+from dgate_rt.errors import UnreachableTargetError
+from dgate_rt.experiments.experiment import Experiment, Result, Table, claim, points
+from dgate_rt.experiments.plots import Band, bands_figure
+from dgate_rt.experiments.scores import CRITERIA
+from dgate_rt.experiments.workbench import GateSpec, Workbench
+from dgate_rt.frontier import search_frontier
+from dgate_rt.train import LOSSES
+
+OURS, THEIRS = "hinge, margin", "cross-entropy, softmax"
+"""What the paper compares: its gates, and those that one would have had otherwise."""
+_SAID = {"hinge": "hinge", "cross_entropy": "cross-entropy"}
+
+
+@dataclass(frozen=True)
+class Options:
+    seeds: int = 5
+    gates: int = 2
+    budgets: int = 41  # mean FLOPs a sample for which thresholds are chosen
+
+
+def run(bench: Workbench, options: Options) -> Result:
+    """Every seed: gates of both losses on a bootstrap, thresholds on a new validation split, accuracy on the rest."""
+    if options.seeds < 3 or options.budgets < 2:
+        raise ValueError(f"set: expected seeds of at least 3 and budgets of at least 2, got {options}")
+    cuts, seeds = bench.first_cuts(options.gates), range(options.seeds)
+    jobs = [(seed, loss, criterion) for seed in seeds for loss in LOSSES for criterion in CRITERIA]
+    costs = bench.costs([GateSpec(cut, resample=0) for cut in cuts])  # those of any gates of this pool
+    found: dict[str, list[Any]] = {}
+    for part in ("val", "test"):
+        bench.features(part)
+    for seed, loss, criterion in bench.track(jobs, "gates of each loss and seed, by each criterion"):
+        specs = [GateSpec(cut, loss, resample=seed) for cut in cuts]
+        curve = _curve(bench, specs, costs, criterion, seed, options.budgets)
+        found.setdefault(f"{_SAID[loss]}, {criterion}", []).append(curve)
+    return {"cuts": cuts, "gflops": costs.dense / 1e9, **_compared(found)}
+
+
+def _curve(bench: Workbench, specs: list[GateSpec], costs: Costs, criterion: str, seed: int, budgets: int) -> Result:
+    """Cost and accuracy on the test samples of a seed, for thresholds along the frontier of its validation samples."""
+
+    def measure() -> Result:
+        val, test = bench.held_out(seed)
+        scores = bench.scores(specs)
+        frontier = search_frontier(scores.trace(val, criterion), costs)
+        trace = scores.trace(test, criterion)
+        reached = []
+        for budget in np.linspace(0, 1, budgets):
+            try:
+                point = frontier.most_accurate(budget * costs.dense)
+            except UnreachableTargetError:
+                point = frontier.points[0]
+            replay = trace.replay(point.thresholds, costs)
+            reached.append((replay.cost / costs.dense, replay.accuracy))
+        return {"points": sorted(reached), "network": trace.network_accuracy}
+
+    key = {"fingerprint": bench.fingerprint, "data": bench.settings, "criterion": criterion, "seed": seed}
+    return bench.store.value("curve", {**key, "budgets": budgets, "gates": [asdict(spec) for spec in specs]}, measure)
+
+
+def _compared(found: Mapping[str, list[Result]]) -> Result:
+    """All curves on one grid of FLOPs, over which each has points."""
+    least = max(curve["points"][0][0] for curves in found.values() for curve in curves)
+    grid = np.linspace(least, 1, 41)
+    lines = {name: np.array([_at(curve, grid) for curve in curves]) for name, curves in found.items()}  # [seeds, grid]
+    gap = lines[OURS] - lines[THEIRS]
+    network = [curve["network"] for curve in found[OURS]]
+    result = {
+        "network": {"accuracy": float(np.mean(network)), "seeds": network},
+        "grid": grid,
+        "curves": {
+            name: {"mean": line.mean(0), "low": line.min(0), "high": line.max(0), "area": line.mean(1)}
+            for name, line in lines.items()
+        },
+        "ahead": {name: lines[OURS].mean(1) - line.mean(1) for name, line in lines.items()},
+    }
+    return {**result, "claims": _claims(result, gap)}
+
+
+def _at(curve: Result, grid: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Accuracy at each cost; past the dearest point, whose accuracy no budget raised, it stays."""
+    cost, accuracy = np.array(curve["points"]).T
+    return np.interp(grid, cost, accuracy)
+
+
+def _claims(result: Result, gap: NDArray[np.float64]) -> list[Result]:
+    third = gap.shape[1] // 3
+    cheap, dear = gap[:, :third].mean(1), gap[:, -third:].mean(1)
+    rivals = {name: curve["area"].mean() for name, curve in result["curves"].items() if name.startswith("cross")}
+    best = max(rivals, key=lambda name: rivals[name])
+    return [
+        claim(
+            "At equal FLOPs gates trained with hinge loss (margin) are more accurate than with cross-entropy (softmax)",
+            (gap.mean(1) > 0).all(),
+            f"{_spread(gap.mean(1))} on average over the FLOPs from {result['grid'][0]:.0%} of the network's to all",
+        ),
+        claim(
+            "The gap widens where fewer FLOPs are spent",
+            (cheap > 0).all() and (cheap > dear).all(),
+            f"{_spread(cheap)} in the cheapest third of that range, {_spread(dear)} in the dearest",
+        ),
+        claim(
+            "Hinge gates (margin) are ahead of cross-entropy gates by whatever criterion suits those best (our check)",
+            (result["ahead"][best] > 0).all(),
+            f"{_spread(result['ahead'][best])} against {best}",
+        ),
+    ]
+
+
+def _spread(values: NDArray[np.float64]) -> str:
+    return f"{points(values.mean())} ({100 * values.min():+.2f} to {100 * values.max():+.2f} over {len(values)} seeds)"
+
+
+def tables(result: Result) -> list[Table]:
+    """The area under every curve, and how far the paper's gates are ahead of it."""
+    rows = []
+    for name, curve in sorted(result["curves"].items(), key=lambda item: -float(np.mean(item[1]["area"]))):
+        ahead = np.array(result["ahead"][name])
+        rows.append([
+            name,
+            f"{np.mean(curve['area']):.2%}",
+            f"{np.std(curve['area'], ddof=1):.2%}",
+            "–" if name == OURS else f"{100 * ahead.mean():+.2f}",
+            "–" if name == OURS else f"{100 * ahead.min():+.2f} to {100 * ahead.max():+.2f}",
+        ])  # fmt: skip
+    columns = ("Gates, criterion", "Mean accuracy", "Deviation", f"{OURS} ahead by", "From seed to seed")
+    note = (
+        f"Mean accuracy over mean FLOPs from {result['grid'][0]:.0%} to 100 % of the network's; differences in points. "
+        f"The network alone: {result['network']['accuracy']:.2%}."
+    )
+    return [Table("Area under each curve", columns, rows, note)]
+
+
+def figures(result: Result) -> Mapping[str, str]:
+    """The paper's pair with its spread, and all of them."""
+    grid, pair, means = result["grid"], {}, {}
+    for index, (name, curve) in enumerate(result["curves"].items()):
+        mean, dashed = curve["mean"], index >= len(CRITERIA)  # the second loss
+        means[name] = Band(grid, mean, mean, mean, index % len(CRITERIA), dashed)
+        if name in (OURS, THEIRS):
+            pair[name] = Band(grid, mean, curve["low"], curve["high"], index, dashed)
+    x, at = "mean FLOPs a sample, of the network's", (1.0, result["network"]["accuracy"])
+    return {
+        "pair": bands_figure(pair, x, "accuracy", "Hinge against cross-entropy: mean over seeds, least and most", at),
+        "criteria": bands_figure(means, x, "accuracy", "Every loss and criterion: mean over seeds", at),
+    }
+
+
+EXPERIMENT = Experiment(
+    name="losses",
+    title="Hinge loss against cross-entropy",
+    source="Figure 4",
+    about="Two gates of either loss. For each budget of FLOPs thresholds are chosen on validation samples; shown is "
+    "what they give on test samples. The fit is convex and ends at one optimum, so a seed draws the data anew: a "
+    "bootstrap of the training samples, and a new split of the validation and test samples, whatever was made of one "
+    "source together. Losses and criteria of one seed share its data. top2 is the largest distance less the second.",
+    options=Options(),
+    quick=Options(seeds=3, budgets=11),
+    run=run,
+    tables=tables,
+    figures=figures,
+)

@@ -1,0 +1,199 @@
+"""The experiments on a tiny network: their numbers agree with each other, a seed decides them, and pages show them."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from test_cli import dgate, refused
+from test_experiments import TINY, TRAINING, Fuse, Interrupted
+
+pytest.importorskip("matplotlib")
+
+from dgate_rt.experiments import classes, losses, page, points, record, surfaces
+from dgate_rt.experiments.experiment import NAMES, find
+from dgate_rt.experiments.workbench import Workbench
+
+OPTIONS = {
+    "losses": losses.Options(seeds=3, gates=1, budgets=5),
+    "surfaces": surfaces.Options(steps=4),
+    "points": points.Options(gates=2, drops=(0.05, 0.0), batch_sizes=(1, 16), images=16, rounds=2),
+    "classes": classes.Options(gates=2, draws=10, shown=5),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory) -> Workbench:
+    return Workbench(tmp_path_factory.mktemp("bench"), training=replace(TRAINING, epochs=3), **TINY)
+
+
+@pytest.fixture(scope="module")
+def records(bench) -> dict:
+    return {name: record.run(find(name), bench, options, ["dgate", name]) for name, options in OPTIONS.items()}
+
+
+def test_every_experiment_is_covered():
+    assert tuple(OPTIONS) == NAMES
+
+
+def test_a_seed_decides_every_bit(records, bench, tmp_path):
+    """In a fresh folder; but for what is measured."""
+    again = Workbench(tmp_path, network=bench.folder / "network.safetensors", progress=False)
+    for name, options in OPTIONS.items():
+        fresh = record.run(find(name), again, options, ["dgate", name])["result"]
+        expected = copy.deepcopy(records[name]["result"])
+        for result in (fresh, expected):
+            if result.pop("times", None):
+                result["claims"].pop()  # on times
+        assert fresh == expected, name
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_records_say_where_they_come_from(records, name):
+    found = records[name]
+    assert {"command", "commit", "machine", "versions", "seconds", "settings", "options"} < set(found)
+    assert found["settings"]["training"]["seed"] == 0
+    assert all(set(said) == {"claim", "holds", "seen"} for said in found["result"]["claims"])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_tables_are_rectangular(records, name):
+    one = find(name)
+    for table in (*one.tables(records[name]["result"]), *one.reported):
+        assert table.rows
+        assert {len(row) for row in table.rows} == {len(table.columns)}
+
+
+def test_losses_compare_on_one_grid(records):
+    result = records["losses"]["result"]
+    assert len(result["curves"]) == 2 * 4
+    for name, curve in result["curves"].items():
+        assert len(curve["mean"]) == len(result["grid"])
+        assert (np.array(curve["low"]) <= np.array(curve["high"])).all()
+        assert len(curve["area"]) == len(result["ahead"][name]) == 3
+    assert result["ahead"][losses.OURS] == [0, 0, 0]
+    assert 0 < result["grid"][0] < result["grid"][-1] == 1
+    assert len(set(result["network"]["seeds"])) > 1  # each seed has test samples of its own
+
+
+def test_interrupted_losses_go_on(bench, tmp_path, monkeypatch, records):
+    again = Workbench(tmp_path, network=bench.folder / "network.safetensors", progress=False)
+    fuse = Fuse(losses.search_frontier, 5)
+    monkeypatch.setattr(losses, "search_frontier", fuse)
+    with pytest.raises(Interrupted):
+        record.run(find("losses"), again, OPTIONS["losses"], ["dgate"])
+    assert not (tmp_path / "losses.json").exists()
+    fuse.left = 100
+    resumed = record.run(find("losses"), again, OPTIONS["losses"], ["dgate"])
+    assert fuse.made == 2 * 4 * 3
+    assert resumed["result"] == records["losses"]["result"]
+
+
+def test_surfaces_fall_with_the_thresholds(records):
+    saved = np.array(records["surfaces"]["result"]["saved"])
+    assert (np.diff(saved, axis=0) <= 0).all()
+    assert (np.diff(saved, axis=1) <= 0).all()
+    assert records["surfaces"]["result"]["at_zero"]["saved"] == saved[0, 0] == saved.max()
+
+
+@pytest.mark.parametrize(
+    ("lost", "expected"), [([0.5, 0.2, 0.0, 0.0], 2), ([0.0, 0.2, 0.0], 2), ([0.0, 0.0], 0), ([0.0, 0.2], None)]
+)
+def test_accuracy_is_back_where_it_stays(lost, expected):
+    assert surfaces._back(np.array(lost), 0.001) == expected
+
+
+def test_points_keep_to_their_drops(records):
+    result = records["points"]["result"]
+    chosen = [row["validation"]["accuracy"] for row in result["rows"]]
+    assert chosen[1] >= chosen[0]
+    assert [row["drop"] for row in result["rows"]] == [0.05, 0.0]
+    assert [times["batch_size"] for times in result["times"]] == [1, 16]
+    for times in result["times"]:
+        for gated in times["gated"]:
+            assert gated["realisation"] == pytest.approx(gated["speed_up"] / gated["saved_here"], rel=1e-4)
+    assert sum(result["rows"][0]["shares"]) == pytest.approx(1, abs=1e-4)
+
+
+def test_points_are_timed_once(bench, records, monkeypatch):
+    monkeypatch.setattr(points, "interleaved", Fuse(points.interleaved, 0))
+    again = record.run(find("points"), bench, OPTIONS["points"], ["dgate"])
+    assert again["result"] == records["points"]["result"]
+
+
+def test_classes_count_every_sample(bench, records):
+    result = records["classes"]["result"]
+    counts = np.array(result["counts"])
+    assert counts.shape == (10, 3)
+    assert counts.sum() == bench.settings["samples"]["test"]
+    assert [e["samples"] for e in result["entropy"]] == counts.sum(0).tolist()
+    for errors in result["errors"]:
+        assert errors["samples"] == sum(value for kind, value in errors.items() if kind != "samples")
+    assert len(result["images"]) == 3
+
+
+def test_entropy_is_in_bits():
+    assert classes._bits(np.array([0, 1, 2, 3]), 10) == 2
+    assert classes._bits(np.array([], dtype=np.int64), 10) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "pair", "message"),
+    [
+        ("losses", "seeds=2", "expected seeds of at least 3"),
+        ("losses", "gates=4", "gates: expected 1 to 3 for resnet18, got 4"),
+        ("surfaces", "steps=1", "expected steps of at least 2"),
+    ],
+)
+def test_options_out_of_range_are_refused(bench, name, pair, message):
+    with pytest.raises(ValueError, match=message):
+        find(name).run(bench, find(name).configured(False, [pair]))
+
+
+def test_markdown_page(records, bench, tmp_path):
+    page.write_markdown(tmp_path / "docs" / "experiments.md", record.load([bench.folder]))
+    text = (tmp_path / "docs" / "experiments.md").read_text()
+    for name, found in records.items():
+        assert f"## {find(name).title}" in text
+        for said in found["result"]["claims"]:
+            assert said["seen"] in text
+    assert "as reported" in text
+    missed = text[text.index("## What did not hold") :]
+    assert missed.count("**no**") == sum(not said["holds"] for f in records.values() for said in f["result"]["claims"])
+    pictures = {path.name for path in (tmp_path / "docs" / "experiments").iterdir()}
+    assert len(pictures) == sum(len(find(name).figures(found["result"])) for name, found in records.items())
+    assert all(f"experiments/{name})" in text for name in pictures)
+
+
+def test_report_of_a_folder_is_one_page(records, bench, tmp_path):
+    shown = dgate("report", bench.folder, "-o", tmp_path / "page.html", "--json")
+    assert len(json.loads(shown.stdout)["records"]) == len(records)
+    text = (tmp_path / "page.html").read_text()
+    assert text.count("<svg") == 2 + 2 + 1 + 1
+    assert text.count("data:image/png") >= 3
+    assert not any(loads in text for loads in ('src="http', 'href="http', "<script"))
+
+
+def test_two_records_of_one_kind_are_refused(records, bench, tmp_path):
+    (tmp_path / "copy.json").write_text((bench.folder / "surfaces.json").read_text())
+    line = refused("report", bench.folder / "surfaces.json", tmp_path / "copy.json", "-o", tmp_path / "page.html")
+    assert "got two of surfaces-resnet18-0.125-digits-16" in line
+    assert not (tmp_path / "page.html").exists()
+
+
+def test_report_says_what_it_takes(tmp_path):
+    assert "expected a program and its network, or results, got 1 files" in refused(
+        "report", tmp_path / "net.safetensors"
+    )
