@@ -174,7 +174,8 @@ class Workbench:
             checkpoint=checkpoint,
             progress=self.progress,
         )
-        accuracy = pretrain.evaluate(model, self.bundle.loader("test", _FEATURE_BATCH, workers=self.workers))
+        test = self.bundle.loader("test", _FEATURE_BATCH, workers=self.workers)
+        accuracy = pretrain.evaluate(model, test, device=self.device)
         backbones.save_backbone(path, model, replace(self.meta, accuracy=accuracy))
         checkpoint.unlink(missing_ok=True)
         return model
