@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -175,6 +177,15 @@ def test_markdown_page(records, bench, tmp_path):
     pictures = {path.name for path in (tmp_path / "docs" / "experiments").iterdir()}
     assert len(pictures) == sum(len(find(name).figures(found["result"])) for name, found in records.items())
     assert all(f"experiments/{name})" in text for name in pictures)
+
+
+def test_the_docs_are_what_their_command_writes(tmp_path):
+    docs = Path(__file__).resolve().parent.parent / "docs"
+    shutil.copytree(docs / "experiments" / "results", tmp_path / "experiments" / "results")
+    page.write_markdown(tmp_path / "experiments.md", record.load([tmp_path / "experiments" / "results"]))
+    assert (tmp_path / "experiments.md").read_text() == (docs / "experiments.md").read_text()
+    pictures = [{path.name for path in (at / "experiments").glob("*.*")} for at in (docs, tmp_path)]
+    assert pictures[0] == pictures[1]
 
 
 def test_report_of_a_folder_is_one_page(records, bench, tmp_path):

@@ -99,7 +99,8 @@ def _experiment(experiment: Experiment, records: Mapping[Path, Record], beside: 
         machine = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in found["machine"].items() if value)
         options = ", ".join(f"{key} {value}" for key, value in found["options"].items())
         yield Heading(3, _on(found))
-        yield f"{_by(found)} in {found['seconds']:g} s, commit {found['commit'] or 'unknown'}, on {machine}."
+        where = f"commit {found['commit'] or 'unknown'}, on {machine}"
+        yield f"{_by(found)}, {where}; the run that ended it took {found['seconds']:g} s."
         yield f"Options: {options}. All numbers: `{os.path.relpath(path, beside)}`."
         yield from experiment.tables(found["result"])
         yield from _pictures(found)
