@@ -171,7 +171,7 @@ def report(
     sources: Annotated[
         list[Path],
         typer.Argument(
-            metavar="PROGRAM NETWORK | RESULTS...",
+            metavar="PROGRAM NETWORK | RESULTS",
             help="A program and its network; or folders or JSON files of [bold]dgate experiment[/bold].",
         ),
     ],
