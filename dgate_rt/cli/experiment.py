@@ -50,7 +50,13 @@ def experiment(
         bool, typer.Option("--quick", help="A small network on digits and coarse options: to see that it works.")
     ] = False,
     epochs: Annotated[int | None, typer.Option("--epochs", min=1, help="Of training a network; 10 by default.")] = None,
-    lr: Annotated[float | None, typer.Option("--lr", help="Its highest step size; 0.2 by default.")] = None,
+    lr: Annotated[float | None, typer.Option("--lr", help="Its highest step size; 0.1 by default.")] = None,
+    label_smoothing: Annotated[
+        float | None, typer.Option("--label-smoothing", help="Of its labels; 0.1 by default.")
+    ] = None,
+    mixup: Annotated[
+        float | None, typer.Option("--mixup", help="Mixes its images in pairs; 0, for none, by default.")
+    ] = None,
     batch_size: Annotated[
         int | None, typer.Option("--batch-size", "-b", min=1, help="Its samples a batch; 64 by default.")
     ] = None,
@@ -86,7 +92,14 @@ def experiment(
     options = [one.configured(quick, set_ or ()) for one in chosen]
     if output is None:
         raise ValueError("output: expected a folder (-o FOLDER), got none")
-    given = {"epochs": epochs, "lr": lr, "batch_size": batch_size, "seed": seed}
+    given = {
+        "epochs": epochs,
+        "lr": lr,
+        "label_smoothing": label_smoothing,
+        "mixup": mixup,
+        "batch_size": batch_size,
+        "seed": seed,
+    }
     untouched = all(value is None for value in given.values())
     training = None if network is not None and untouched else Training().but(**given)
     if quick and network is None:

@@ -104,7 +104,7 @@ def train(
         val_loader=bundle.loader("val", batch_size, workers=workers),
         checkpoint=checkpoint,
     )
-    accuracy = pretrain.evaluate(model, bundle.loader("test", batch_size, workers=workers))
+    accuracy = pretrain.evaluate(model, bundle.loader("test", batch_size, workers=workers), device=torch_device)
     meta = replace(meta, accuracy=accuracy)
     save_backbone(output, model, meta)
     say(f"wrote {output}")

@@ -47,7 +47,9 @@ class Training:
 
     epochs: int = 10
     batch_size: int = 64
-    lr: float = 0.2
+    lr: float = 0.1
+    label_smoothing: float = 0.1
+    mixup: float = 0.0
     augment: bool = True
     seed: int = 0
 
@@ -169,6 +171,8 @@ class Workbench:
             self.bundle.loader("train", how.batch_size, shuffle=True, workers=self.workers, augment=how.augment),
             epochs=how.epochs,
             lr=how.lr,
+            label_smoothing=how.label_smoothing,
+            mixup=how.mixup,
             seed=how.seed,
             device=self.device,
             checkpoint=checkpoint,
