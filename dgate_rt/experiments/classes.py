@@ -54,7 +54,7 @@ def run(bench: Workbench, options: Options) -> Result:
 
 
 def _entropies(
-    targets: NDArray[np.int64], exits: NDArray[np.int64], classes: int, count: int, draws: int
+    targets: NDArray[np.int64], exits: NDArray[np.integer], classes: int, count: int, draws: int
 ) -> list[Result]:
     """Bits of the distribution of classes at each exit, and of as many samples drawn at random."""
     rng = np.random.default_rng(0)
@@ -77,7 +77,7 @@ def _bits(targets: NDArray[np.int64], classes: int) -> float:
     return float(-(shares * np.log2(shares)).sum())
 
 
-def _errors(trace: Trace, exits: NDArray[np.int64], gate: int) -> Result:
+def _errors(trace: Trace, exits: NDArray[np.integer], gate: int) -> Result:
     """Of those that leave at a gate: right or wrong there, and what the whole network would have said."""
     here = exits == gate
     early, network = trace.correct[gate][here], trace.correct[-1][here]
@@ -90,7 +90,7 @@ def _errors(trace: Trace, exits: NDArray[np.int64], gate: int) -> Result:
     }
 
 
-def _images(bench: Workbench, trace: Trace, exits: NDArray[np.int64], exit_: int, most: int) -> str:
+def _images(bench: Workbench, trace: Trace, exits: NDArray[np.integer], exit_: int, most: int) -> str:
     """Samples that leave at an exit, from the surest to the least sure of its gate, as one picture."""
     here = np.flatnonzero(exits == exit_)
     gate = min(exit_, len(trace.margins) - 1)
