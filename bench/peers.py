@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dgate_rt.bench.workload import Mix, Workload
 from dgate_rt.executors import Predictions
+from dgate_rt.gate import pool_features
 from dgate_rt.program import GateProgram
 
 
@@ -31,7 +32,7 @@ class MaskedLoop:
         out, ids = Predictions.empty(len(x), None, x.device), torch.arange(len(x))
         for g, gate in enumerate(self.gates):
             x = self.staged.run_stage(g, x)
-            margin, label = (x.mean((2, 3)) @ gate.weight.T + gate.bias).max(1)
+            margin, label = (pool_features(x, gate.pool) @ gate.weight.T + gate.bias).max(1)
             mask = margin >= self.thresholds[g]
             gone = ids[mask]
             out.labels[gone], out.scores[gone], out.exits[gone] = label[mask], margin[mask], g

@@ -9,14 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from torchvision.models import VisionTransformer
 from typer.testing import CliRunner
 
 from dgate_rt.bench import contest, latency, memory, mixes, overhead, page, streams, suite, targets, ways
-from dgate_rt.bench.cases import TINY, Case, make_case
+from dgate_rt.bench.cases import TINY, Case, Network, make_case
 from dgate_rt.bench.record import Group, Results, Row, load_rows
 from dgate_rt.bench.workload import NO_EXIT, PAPER_MIXES
 from dgate_rt.cli import app
 from dgate_rt.engines import precision
+from dgate_rt.gate import Pool
 from dgate_rt.timing import Timing
 
 MIXED = PAPER_MIXES[1]
@@ -45,6 +47,20 @@ def test_mixes_are_beside_dense_and_say_what_was_realised(case: Case) -> None:
     assert 0 < gated.values["gflops"] < rows["dense no gates"].values["gflops"]
     assert set(rows["refill nobody leaves"].values) == {"gflops"}
     assert all(row.ms is not None and row.ms.median > 0 and len(row.ms.rounds) == 2 for row in rows.values())
+
+
+def test_a_network_of_tokens_is_measured_too() -> None:
+    """Its gates read the first token, in the masked loop as well."""
+    vit = Network(
+        "tiny ViT",
+        lambda: VisionTransformer(16, 8, 3, 1, 16, 32, num_classes=10),
+        16,
+        ("encoder.layers.encoder_layer_0", "encoder.layers.encoder_layer_1"),
+        Pool.CLS,
+    )
+    mix = (0.2, 0.3, 0.5)
+    rows = mixes.measure_mixes(make_case(vit, "cpu", torch.float32), *EAGER, 8, 16, (mix,), repeats=1)
+    assert {row.way for row in rows} == {"dense", "dense, chunked", *ways.GATED, "masked loop"}
 
 
 def test_the_sweep_goes_from_all_late_to_all_early(case: Case) -> None:
