@@ -11,6 +11,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -211,16 +212,16 @@ def _one_epoch(
     device: torch.device | str,
 ) -> tuple[float, float]:  # mean loss, accuracy
     model.train()
+    surprise = partial(nn.functional.cross_entropy, label_smoothing=settings.label_smoothing)
     loss_sum, correct, count = 0.0, 0, 0
     for step, (x, y) in enumerate(batches, first_step):
         for group in optimizer.param_groups:
             group["lr"] = settings.learning_rate(step)
         x, order, share = _mixed(x, settings.mixup)
         logits, target = _forward(model, x, y, device, settings.bfloat16)
-        loss = share * nn.functional.cross_entropy(logits, target, label_smoothing=settings.label_smoothing)
+        loss = share * surprise(logits, target)
         if share < 1:
-            other = target[order.to(target.device)]
-            loss += (1 - share) * nn.functional.cross_entropy(logits, other, label_smoothing=settings.label_smoothing)
+            loss += (1 - share) * surprise(logits, target[order.to(target.device)])
         if not loss.isfinite():
             raise ValueError(f"loss: {loss.item()} at step {step}; lower lr, or look for NaN in the images")
         optimizer.zero_grad()
@@ -246,9 +247,9 @@ def _save_checkpoint(
             tensors[key] = buffer
     tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
     header = {"settings": json.dumps(asdict(settings)), "history": json.dumps([asdict(epoch) for epoch in history])}
-    partial = path.with_name(path.name + ".partial")
-    save_file(tensors, partial, {"format": _CHECKPOINT_FORMAT, **header})
-    os.replace(partial, path)
+    partial_path = path.with_name(path.name + ".partial")
+    save_file(tensors, partial_path, {"format": _CHECKPOINT_FORMAT, **header})
+    os.replace(partial_path, path)
 
 
 def _resume(path: Path, model: nn.Module, optimizer: torch.optim.SGD, settings: _Settings) -> list[Epoch]:
