@@ -243,7 +243,7 @@ class DiskCache(FeatureCache):
         for name, size in [("batches.jsonl", journal_bytes), *zip(self._names(), sizes, strict=True)]:
             if self._size(name) > size:
                 os.truncate(self.path / name, size)
-        self._files = [open(self.path / name, "ab") for name in [*self._names(), "batches.jsonl"]]  # noqa: SIM115
+        self._files = [open(self.path / name, "ab") for name in [*self._names(), "batches.jsonl"]]  # noqa: SIM115  (open until `close`)
 
     def _names(self) -> list[str]:
         assert self.widths is not None
