@@ -85,7 +85,7 @@ def svg_of(figure: Figure, salt: str, label: str) -> str:
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
     head, body = text.split(">", 1)
     width = float(re.search(r'width="([\d.]+)pt"', head)[1])  # type: ignore[index]  # matplotlib always writes it
-    box = re.search(r'viewBox="[^"]*"', head)[0]  # type: ignore[index]
+    box = re.search(r'viewBox="[^"]*"', head)[0]  # type: ignore[index]  # as above
     used = set(re.findall(r"#(\w+)", body))
     body = re.sub(r' id="([^"]*)"', lambda found: found[0] if found[1] in used else "", body)
     body = re.sub(r"<style.*?</style>", "", body, flags=re.DOTALL)  # would hold for the whole page

@@ -131,7 +131,7 @@ def train_backbone(
         )
     half = native_bfloat16(device) if bfloat16 is None else bfloat16
     settings = _Settings(epochs, steps, lr, momentum, weight_decay, label_smoothing, mixup, seed, half)
-    model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # stub lacks it
     optimizer = _optimizer(model, settings)
     history: list[Epoch] = []
     path = None if checkpoint is None else Path(checkpoint)

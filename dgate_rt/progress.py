@@ -14,7 +14,7 @@ T = TypeVar("T")
 def length_of(iterable: Iterable[object]) -> int | None:
     """``len(iterable)``, or None where it has none (a generator, a DataLoader over an iterable dataset)."""
     try:
-        return len(iterable)  # type: ignore[arg-type]
+        return len(iterable)  # type: ignore[arg-type]  # TypeError is caught
     except TypeError:
         return None
 

@@ -87,7 +87,7 @@ def measure(
 
 def pictures(bundle: DataBundle, loader: DataLoader[Any]) -> Tensor | None:  # [N, C, H, W] uint8
     """The images of the loader as they were before normalisation; None if they would take more than a GiB."""
-    if len(bundle.test) * torch.Size(bundle.image_shape).numel() > _MOST_BYTES:  # type: ignore[arg-type]
+    if len(bundle.test) * torch.Size(bundle.image_shape).numel() > _MOST_BYTES:  # type: ignore[arg-type]  # Dataset has no len
         return None
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in bundle.stats)
     return torch.cat([((x * std + mean) * 255).round().clamp(0, 255).byte() for x, _ in loader])

@@ -137,7 +137,7 @@ class Workbench:
         bundle, meta = self.bundle, self.meta
         settings = {
             "data": bundle.name,
-            "samples": {part: len(bundle.dataset(part)) for part in data.SPLITS},  # type: ignore[arg-type]
+            "samples": {part: len(bundle.dataset(part)) for part in data.SPLITS},  # type: ignore[arg-type]  # Dataset has no len
             "classes": len(bundle.classes),
             "image_size": bundle.image_shape[1],
             "data_seed": meta.data_seed,
@@ -152,7 +152,7 @@ class Workbench:
     def model(self) -> nn.Module:
         """The network, in eval mode; trained now if it is in no file yet."""
         model = self._given.model if self._given else self._trained()
-        return model.to(device=self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return model.to(device=self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # stub lacks it
 
     def _trained(self) -> nn.Module:
         path, checkpoint = self.folder / "network.safetensors", self.folder / "training.safetensors"
