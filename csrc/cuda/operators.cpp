@@ -27,7 +27,9 @@ void route_on_cuda(const RouteTensors& tensors) {
   const int device = tensors.ids.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  // torch 2.10 and 2.11 have no macro that checks this in every later release too.
+  const bool has_stream = aoti_torch_get_current_cuda_stream(device, &stream) == AOTI_TORCH_SUCCESS;
+  STD_TORCH_CHECK(has_stream, "dgate_rt::route_: torch has no current stream for GPU ", device);
   const auto error = static_cast<cudaError_t>(launch_route(arguments, device, stream));
   if (error != cudaSuccess) cudaGetLastError();  // or the next launch of somebody else would find it
   STD_TORCH_CHECK(error == cudaSuccess, "dgate_rt::route_: launch failed: ", cudaGetErrorString(error));
