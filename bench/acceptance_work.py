@@ -7,14 +7,16 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from dgate_rt import GateProgram, compile
+from dgate_rt import GateProgram, StagedModel, compile, engines
 from dgate_rt.bench.cases import Case
 from dgate_rt.executors import Predictions
 from dgate_rt.gate import margin_and_label
 
-CUDA_ONLY = ("dense graph", "dense compiled")
-DENSE = ("dense", *CUDA_ONLY)
-GATED = ("eager", "graph", "lag")
+CUDA_ONLY = ("dense graph", "dense compiled", "graph compiled")
+DENSE = ("dense", "dense graph", "dense compiled")
+GATED = ("eager", "graph", "graph compiled", "lag")
+WITHOUT_GATES = {"graph": "dense graph", "graph compiled": "dense compiled"}
+"""The same kernels as one graph, less gates."""
 
 Engine = Callable[[Sequence[Tensor]], list[Predictions]]
 """Answers batches, in order."""
@@ -22,11 +24,20 @@ Engine = Callable[[Sequence[Tensor]], list[Predictions]]
 
 def prepare(engine: str, case: Case, program: GateProgram, batch: Tensor, simulated: bool) -> Engine:
     """An engine that is ready to run batches like ``batch``."""
-    if engine in CUDA_ONLY:
-        network = case.compiled if engine == "dense compiled" else case.program.staged
+    compiled = engine.endswith(" compiled")
+    stages = "inductor" if compiled else "eager"
+    if engine in WITHOUT_GATES.values():
+        whole = StagedModel([program.staged]) if compiled else program.staged  # a compiler sees all of it
+        network = engines.prepare(
+            whole, stages, sizes=[len(batch)], sample_shape=program.input_shape, input_dtype=program.input_dtype,
+            device=case.device, channels_last=True,
+        )  # fmt: skip
         return _one_by_one(OneGraph(network, batch, len(program.gates)))
-    device = "cpu-sim" if simulated and engine in ("graph", "lag") else str(case.device)
-    run = compile(program, batch_size=len(batch), device=device, executor=engine, channels_last=True)
+    executor = engine.removesuffix(" compiled")
+    device = "cpu-sim" if simulated and executor in ("graph", "lag") else str(case.device)
+    run = compile(
+        program, batch_size=len(batch), device=device, executor=executor, engine=stages, channels_last=True
+    )  # fmt: skip
     return (lambda batches: list(run.stream(batches))) if engine == "lag" else _one_by_one(run)
 
 

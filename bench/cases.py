@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import torch
 import torchvision.models as tv
@@ -64,11 +63,6 @@ class Case:
     model: nn.Module  # before it was split, with the same parameters
     program: GateProgram
     exact: StagedModel
-
-    @cached_property
-    def compiled(self) -> Callable[[Tensor], Tensor]:
-        """``torch.compile`` of the deployed network, made once: from the second batch size on its batch is dynamic."""
-        return torch.compile(self.program.staged)
 
     @property
     def device(self) -> torch.device:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from enum import Enum
 
 import torch
 from torch import Tensor
@@ -19,8 +18,10 @@ _MOST_WEIGHTS = 2**31 - 1
 _MOST_CLASSES = 16 * 65_535  # a launch has so many tiles of 16 at most
 
 
-def _expect_member(name: str, value: str, kind: type[Enum]) -> None:
-    known = [member.value for member in kind]
+_POOLS, _CRITERIA = ([member.value for member in kind] for kind in (Pool, Criterion))  # torch.compile lists no Enum
+
+
+def _expect_one_of(name: str, value: str, known: Sequence[str]) -> None:
     if value not in known:
         raise ValueError(f"{name}: expected {' or '.join(map(repr, known))}, got {value!r}")
 
@@ -45,8 +46,8 @@ def _expect(
 
 def check_gate(features: Tensor, weight: Tensor, bias: Tensor, pool: str, count: Tensor | None, criterion: str) -> None:
     """Raise unless the arguments of ``gate_score`` fit each other."""
-    _expect_member("pool", pool, Pool)
-    _expect_member("criterion", criterion, Criterion)
+    _expect_one_of("pool", pool, _POOLS)
+    _expect_one_of("criterion", criterion, _CRITERIA)
     shape, device = features.shape, features.device
     ranks = (3,) if pool == Pool.CLS else (2, 3, 4)
     if features.dtype not in FEATURE_DTYPES or len(shape) not in ranks:

@@ -11,13 +11,15 @@ import torch
 from dgate_rt.engines import StageEngine, prepare
 from dgate_rt.errors import ExecutorError
 from dgate_rt.executors import EXECUTORS, GatedModel, Setup, prefers_channels_last
-from dgate_rt.plan import likely_sizes
+from dgate_rt.executors.capturable import refuse_uncapturable_stages
+from dgate_rt.executors.captured import segments
+from dgate_rt.plan import expected_buckets, likely_sizes
 from dgate_rt.program import GateProgram
 from dgate_rt.runtime import Runtime
 
 MOST_ROWS_ON_CUDA = 65_536
 """What one launch of the route takes; kMaxRows in csrc/cuda/route_arguments.h."""
-_ON_ANY_ENGINE = ("dense", "eager", "refill")
+_ON_ANY_ENGINE = ("dense", "eager", "refill", "graph")
 _CHOICE = {
     "cpu": ("refill", "every stage at the batch size that suits it on a CPU"),
     "cpu-sim": ("graph", "what is simulated"),
@@ -55,7 +57,7 @@ def compile(
             says which and why (`Runtime.describe`).
         engine: what the stages run on: ``"eager"``, ``"inductor"``, ``"openvino"``, ``"onnxruntime"``, a function
             (`dgate_rt.engines.StageEngine`), or ``"auto"``, which measures those that are installed and takes the
-            fastest. ``"lag"`` and ``"graph"`` run on eager only.
+            fastest. ``"lag"`` runs on eager only.
         dtype: ``"float32"`` or ``"bfloat16"``, for the stages' weights and what passes between them; None leaves them
             as they are. Batches keep the dtype of the program, and gates score in float32.
         scores: also return the ``[N, K]`` distances, or the logits of samples that ran to the end.
@@ -64,7 +66,7 @@ def compile(
         buckets: for ``"lag"`` and ``"graph"``, the batch sizes that stages behind a gate are prepared for, beside
             ``batch_size``; by default the six that should cost least (`dgate_rt.plan`), a stage by itself. For engines
             that prepare a stage for each batch size, those sizes; by default six a stage that suit the program's exit
-            shares, and leave some room for others, or for ``"refill"`` the powers of four.
+            shares, and leave some room for others but for ``"graph"``, or for ``"refill"`` the powers of four.
         chunks: for ``"refill"``, how many samples each stage runs on at a time. By default those that should cost least
             (`dgate_rt.chunks`) by the times of the stages on this machine: measured once, in seconds, and then kept in
             the user's cache directory (`dgate_rt.stage_times`).
@@ -119,12 +121,14 @@ def compile(
         )
     if engine != "eager" and executor not in _ON_ANY_ENGINE:
         raise ExecutorError(f"engine: the executor {executor} runs on eager only, got {engine!r}")
+    if engine != "eager" and executor == "graph":  # compiled, a stage does not show its operators any more
+        refuse_uncapturable_stages(program.staged, program.input_shape, program.input_dtype)
     if channels_last is None:
         channels_last = prefers_channels_last(program.staged, program.input_shape, device)
     staged = prepare(
         program.staged,
         engine,
-        sizes=_sizes(executor, batch_size, buckets, program.point.shares),
+        sizes=_sizes(executor, batch_size, buckets, program),
         sample_shape=program.input_shape,
         input_dtype=program.input_dtype,
         dtype=dtype,
@@ -141,7 +145,6 @@ def compile(
         channels_last=channels_last,
         classes=classes,
         shares=program.point.shares,
-        stage_costs=program.costs.stages,
         buckets=buckets,
         chunks=chunks,
         remeasure=remeasure,
@@ -149,15 +152,22 @@ def compile(
         simulated=simulated,
         early_answers=early_answers,
         engine=staged.engine,
-        sizes=staged.sizes(0),
+        sizes=tuple(staged.sizes(stage) for stage in range(stages)),
     )
     return Runtime(program, model, EXECUTORS[executor](model, setup), reason, setup, staged, monitor)
 
 
 def _sizes(
-    executor: str, batch_size: int, buckets: Sequence[int] | Literal["auto"], shares: tuple[float, ...]
+    executor: str, batch_size: int, buckets: Sequence[int] | Literal["auto"], program: GateProgram
 ) -> list[tuple[int, ...]]:
     """For each stage the batch sizes to prepare, where an engine has to know them."""
+    shares = program.point.shares
+    if executor == "graph":  # whose stages behind a gate that is on are captured at these and no others
+        active = tuple(threshold != float("inf") for threshold in program.thresholds)
+        first, *later = segments(active)
+        sizes = [expected_buckets(batch_size, shares, part.stages[0], buckets).sizes for part in later]
+        parts = zip([first, *later], [(batch_size,), *sizes], strict=True)
+        return [size for part, size in parts for _ in part.stages]
     if buckets == "auto" and executor != "refill":  # which makes up any number of a few sizes
         return likely_sizes(batch_size, shares)
     if buckets == "auto":

@@ -15,12 +15,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
-LIKELY_SIZES = 6
+MOST_BUCKETS = 6
 
 
 @dataclass(frozen=True)
@@ -105,10 +106,24 @@ def binomial_arrivals(batch_size: int, share: float) -> Floats:  # [B + 1]
     return np.exp(log_choose + counts * math.log(share) + counts[::-1] * math.log1p(-share))
 
 
+def expected_buckets(
+    batch_size: int,
+    shares: Sequence[float],  # [G + 1]; of the samples that leave at each exit
+    stage: int,
+    sizes: Sequence[int] | Literal["auto"] = "auto",
+) -> StageBuckets:
+    """The buckets of one stage where samples leave by these shares: those given, or the best few.
+
+    The stage is taken to cost as much as it has samples.
+    """
+    arrivals, cost = _arriving(batch_size, shares, stage), np.arange(batch_size + 1.0)
+    return choose_buckets(arrivals, cost, MOST_BUCKETS) if sizes == "auto" else pad_to(arrivals, cost, sizes)
+
+
 def likely_sizes(
     batch_size: int,
     shares: Sequence[float],  # [G + 1]; of the samples that leave at each exit
-    buckets: int = LIKELY_SIZES,
+    buckets: int = MOST_BUCKETS,
 ) -> list[tuple[int, ...]]:
     """For each stage the sizes to prepare where thresholds may move: ascending, the batch size among them.
 
@@ -119,6 +134,10 @@ def likely_sizes(
     anything = np.full(batch_size + 1, 1 / (batch_size + 1))
     chosen = []
     for stage in range(len(shares)):
-        expected = binomial_arrivals(batch_size, min(1.0, max(0.0, 1 - sum(shares[:stage]))))
+        expected = _arriving(batch_size, shares, stage)
         chosen.append(choose_buckets(0.9 * expected + 0.1 * anything, cost, buckets).sizes)
     return chosen
+
+
+def _arriving(batch_size: int, shares: Sequence[float], stage: int) -> Floats:  # [B + 1]
+    return binomial_arrivals(batch_size, min(1.0, max(0.0, 1 - sum(shares[:stage]))))

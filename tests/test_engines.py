@@ -386,14 +386,6 @@ def test_bad_arguments_are_named(monkeypatch):
         prepare(network("conv"), dtype="bfloat16", **options)
 
 
-@pytest.mark.parametrize("executor", ["lag", "graph"])
-def test_captured_executors_run_on_eager_only(images, executor):
-    staged = network("conv")
-    program = make_program(staged, random_gates(staged, images, 5), (0.5,), images)
-    with pytest.raises(ExecutorError, match=f"the executor {executor} runs on eager only, got 'inductor'"):
-        dg.compile(program, executor=executor, device="cpu-sim", engine="inductor")
-
-
 def test_a_runtime_in_bfloat16_takes_the_batches_of_its_program(images, monkeypatch):
     monkeypatch.setattr(precision, "supports_bfloat16", lambda device: True)
     staged = network("conv")

@@ -77,13 +77,17 @@ class PreparedStage(nn.Module):
         size = self.sizes[bisect_left(self.sizes, count)]
         return _first(self.run(*self._padding(tensors, size)), count)
 
+    def padding(self) -> list[Tensor]:
+        """The memory that this thread pads in; none before it has had to."""
+        return self._padding.memory
+
 
 class _Padding(threading.local):
     """Memory of one boundary at the largest size; each thread makes its own when it first needs it."""
 
     def __init__(self, example: tuple[Tensor, ...]) -> None:
         self._layouts = [(t.shape, t.stride(), t.dtype, t.device) for t in example]
-        self._memory: list[Tensor] = []
+        self.memory: list[Tensor] = []
 
     def __call__(self, tensors: tuple[Tensor, ...], size: int) -> tuple[Tensor, ...]:
         """The tensors at ``size`` rows, strided as the example; themselves where they are that already."""
@@ -93,13 +97,13 @@ class _Padding(threading.local):
         )
 
     def _padded(self, index: int, t: Tensor, size: int) -> Tensor:
-        if not self._memory:
+        if not self.memory:
             with torch.inference_mode(False):
-                self._memory = [
+                self.memory = [
                     torch.empty_strided(shape, strides, dtype=dtype, device=device).zero_()
                     for shape, strides, dtype, device in self._layouts
                 ]
-        padded = self._memory[index][:size]
+        padded = self.memory[index][:size]
         padded[: len(t)].copy_(t)
         return padded
 

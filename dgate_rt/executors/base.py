@@ -110,7 +110,6 @@ class Setup:
     channels_last: bool
     classes: int | None  # where the distances to all classes are wanted
     shares: tuple[float, ...]  # [G + 1]; of the samples that leave at each exit, on validation data
-    stage_costs: tuple[float, ...]  # [G + 1]; a sample
     buckets: Sequence[int] | Literal["auto"] = "auto"
     chunks: Sequence[int] | Literal["auto"] = "auto"  # [G + 1]
     remeasure: bool = False  # whether stage times that were kept are measured again
@@ -118,7 +117,11 @@ class Setup:
     early_answers: bool = False  # whether batches are submitted, see `early.Ticket`
     losing_gates: Literal["keep", "off"] = "keep"  # what happens to gates that take more time than they save
     engine: str = "eager"  # that runs the stages
-    sizes: tuple[int, ...] = ()  # of batches that it is prepared for; none if it runs any
+    sizes: tuple[tuple[int, ...], ...] = ()  # [G + 1]; that it prepared each stage for; none where it runs any
+
+    def sizes_of(self, stage: int) -> tuple[int, ...]:
+        """The batch sizes that a stage is prepared for, ascending; none if it runs at any."""
+        return self.sizes[stage] if self.sizes else ()
 
     def empty_input(self, device: torch.device) -> Tensor:
         """A batch of zeros."""

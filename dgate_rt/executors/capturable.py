@@ -6,7 +6,7 @@ numbers would repeat with every replay, and batch statistics would read rows tha
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dgate_rt.errors import ExecutorError
+from dgate_rt.staged import Boundary, StagedModel
 
 _COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
 _CHANCES = ("dropout_p", "dropout")  # what operators that may draw random numbers call their probability
@@ -63,6 +64,20 @@ def refuse_uncapturable(stage: nn.Module, name: str) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def refuse_uncapturable_stages(staged: StagedModel, sample_shape: Sequence[int], dtype: torch.dtype) -> None:
+    """Run every stage on two samples of zeros, where the network lies.
+
+    Raises:
+        ExecutorError: as `refuse_uncapturable`.
+    """
+    device = next((p.device for p in staged.parameters()), torch.device("cpu"))
+    with torch.inference_mode():
+        boundary: Boundary = torch.zeros((2, *sample_shape), dtype=dtype, device=device)
+        for index, stage in enumerate(staged.stages):
+            with refuse_uncapturable(stage, f"stage {index}"):
+                boundary = staged.run_stage(index, boundary)
 
 
 def why_not(func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], result: object) -> str | None:

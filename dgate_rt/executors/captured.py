@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from dgate_rt import ops
+from dgate_rt.engines.base import PreparedStage
 from dgate_rt.errors import ExecutorError
 from dgate_rt.executors.base import GatedModel, Predictions, Setup, empty_rows, row_dense
 from dgate_rt.executors.capturable import refuse_uncapturable
@@ -21,10 +21,8 @@ from dgate_rt.executors.captures import Captures
 from dgate_rt.executors.early import UNANSWERED, publish, unanswered
 from dgate_rt.gate import margin_and_label
 from dgate_rt.graphs import Capture
-from dgate_rt.plan import StageBuckets, binomial_arrivals, choose_buckets, pad_to
+from dgate_rt.plan import StageBuckets, expected_buckets
 from dgate_rt.staged import Boundary, as_tuple
-
-AUTO_BUCKETS = 6
 
 
 @dataclass(frozen=True)
@@ -92,6 +90,8 @@ class CapturedStages:
             with torch.inference_mode():
                 self._make_arenas()
                 self._make_captures()
+            self._padding = [stage.padding() for stage in model.staged.stages if isinstance(stage, PreparedStage)]
+            """What captures on CUDA pad in; it would otherwise end with the thread that made them."""
         except torch.OutOfMemoryError as error:
             raise ExecutorError(f"executor: {error}\n{self._needed()}") from error
 
@@ -149,6 +149,8 @@ class CapturedStages:
 
     def _try_stage(self, stage: int, boundary: Boundary) -> Boundary:
         try:
+            if self.setup.sizes_of(stage):  # it was looked at before an engine compiled it
+                return self.model.staged.run_stage(stage, boundary)
             with refuse_uncapturable(self.model.staged.stages[stage], f"stage {stage}"):
                 return self.model.staged.run_stage(stage, boundary)
         except (ExecutorError, torch.OutOfMemoryError):
@@ -222,12 +224,9 @@ class CapturedStages:
             )
 
     def _plan(self, segment: Segment) -> StageBuckets:
-        setup, size = self.setup, self.setup.batch_size
-        arrivals = binomial_arrivals(size, min(1.0, max(0.0, 1 - sum(setup.shares[: segment.stages[0]]))))
-        cost = np.arange(size + 1.0) * sum(setup.stage_costs[stage] for stage in segment.stages)
-        if setup.buckets == "auto":
-            return choose_buckets(arrivals, cost, AUTO_BUCKETS)
-        return pad_to(arrivals, cost, setup.buckets)
+        """The sizes that an engine prepared the first stage for, or those asked for, or the best few."""
+        setup, first = self.setup, segment.stages[0]
+        return expected_buckets(setup.batch_size, setup.shares, first, setup.sizes_of(first) or setup.buckets)
 
     def _int32(self, value: int) -> Tensor:
         with torch.inference_mode(False):

@@ -45,7 +45,7 @@ class RefillExecutor:
         if setup.chunks == "auto":
             self.times = stage_times(
                 model.staged, setup.sample_shape, setup.dtype, model.thresholds.device, setup.channels_last,
-                setup.sizes or sizes_up_to(setup.batch_size), setup.engine, setup.remeasure,
+                setup.sizes_of(0) or sizes_up_to(setup.batch_size), setup.engine, setup.remeasure,
             ).at_all_sizes()  # fmt: skip
             self.plan, self.accounts = self._planned(self.times, setup.shares)
             if setup.losing_gates == "off":
@@ -102,7 +102,7 @@ class RefillExecutor:
         """The chunks where ``shares`` leave at each exit, and what each gate takes and saves with them."""
         model, setup = self.model, self.setup
         reach = [min(1.0, max(0.0, 1 - sum(shares[:stage]))) for stage in range(len(shares))]
-        plan = worthwhile_chunks(times, reach, model.active, setup.batch_size, padded=bool(setup.sizes))
+        plan = worthwhile_chunks(times, reach, model.active, setup.batch_size, padded=bool(setup.sizes_of(0)))
         stages_ms, gates_ms = self._costs(times, plan)
         return plan, accounts(shares, model.active, stages_ms, gates_ms)
 
@@ -164,8 +164,8 @@ class RefillExecutor:
         """The line itself under the thresholds of now, or another where gates were switched."""
         if line is None or line.active != self.model.active:
             setup, chunks = self.setup, self.plan.chunks
-            whole = not setup.sizes and set(chunks) == {setup.batch_size}  # then remainders are not cut up either
-            return Line(self.model, chunks, None if whole else self.times, padded=bool(setup.sizes))
+            whole = not setup.sizes_of(0) and set(chunks) == {setup.batch_size}  # then remainders are not cut up either
+            return Line(self.model, chunks, None if whole else self.times, padded=bool(setup.sizes_of(0)))
         line.renew()
         return line
 
