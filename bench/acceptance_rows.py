@@ -28,6 +28,8 @@ class Row:
     to_without_gates: float | None = None  # the same kernels as one graph, less gates
     to_eager: float | None = None
     realisation: float | None = None
+    stages_ms: float | None = None  # of its stages alone, at their buckets
+    time_realisation: float | None = None  # of the saving that those would allow, over the same kernels without gates
     peak_mib: float | None = (
         None  # that making and running it allocated; a copy of the weights where `compile` makes one
     )
@@ -103,13 +105,17 @@ def mix_name(mix: Mix) -> str:
 
 def table(rows: Sequence[Row]) -> Iterator[str]:
     """The rows as Markdown."""
-    yield "| network | B | shares that leave | engine | ms a batch (p20 to p80) | speed-up | realisation | MiB | note |"
-    yield "|---|---|---|---|---|---|---|---|---|"
+    yield (
+        "| network | B | shares that leave | engine | ms a batch (p20 to p80) | speed-up | realisation | in time "
+        "| MiB | note |"
+    )
+    yield "|---|---|---|---|---|---|---|---|---|---|"
     for r in rows:
         ms = "" if r.ms is None else f"{r.ms.median:.3f} ({r.ms.p20:.3f} to {r.ms.p80:.3f})"
         speed_up = "" if r.to_dense is None else f"{1 / r.to_dense:.2f}"
         realised = "" if r.realisation is None else f"{r.realisation:.3f}"
+        in_time = "" if r.time_realisation is None else f"{r.time_realisation:.3f}"
         peak = "" if r.peak_mib is None else f"{r.peak_mib:.0f}"
         note = r.note if r.status == "measured" else f"{r.status}: {r.note}"
-        cells = [r.network, r.batch_size, mix_name(r.mix), r.engine, ms, speed_up, realised, peak, note]
+        cells = [r.network, r.batch_size, mix_name(r.mix), r.engine, ms, speed_up, realised, in_time, peak, note]
         yield f"| {' | '.join(map(str, cells))} |"

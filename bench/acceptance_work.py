@@ -32,13 +32,13 @@ def prepare(engine: str, case: Case, program: GateProgram, batch: Tensor, simula
             whole, stages, sizes=[len(batch)], sample_shape=program.input_shape, input_dtype=program.input_dtype,
             device=case.device, channels_last=True,
         )  # fmt: skip
-        return _one_by_one(OneGraph(network, batch, len(program.gates)))
+        return OneByOne(OneGraph(network, batch, len(program.gates)))
     executor = engine.removesuffix(" compiled")
     device = "cpu-sim" if simulated and executor in ("graph", "lag") else str(case.device)
     run = compile(
         program, batch_size=len(batch), device=device, executor=executor, engine=stages, channels_last=True
     )  # fmt: skip
-    return (lambda batches: list(run.stream(batches))) if engine == "lag" else _one_by_one(run)
+    return (lambda batches: list(run.stream(batches))) if engine == "lag" else OneByOne(run)
 
 
 class OneGraph:
@@ -64,5 +64,11 @@ class OneGraph:
         return Predictions(self._labels.clone(), self._scores.clone(), torch.full_like(self._labels, self._exit))
 
 
-def _one_by_one(run: Callable[[Tensor], Predictions]) -> Engine:
-    return lambda batches: [run(batch) for batch in batches]
+class OneByOne:
+    """An engine that answers one batch after another."""
+
+    def __init__(self, run: Callable[[Tensor], Predictions]) -> None:
+        self.run = run
+
+    def __call__(self, batches: Sequence[Tensor]) -> list[Predictions]:
+        return [self.run(batch) for batch in batches]

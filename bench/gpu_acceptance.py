@@ -10,7 +10,7 @@ round. `graph compiled` runs stages that Inductor compiled, one by one, at their
 otherwise than dense execution with post-hoc gating is not timed. Targets, over all rows of both graphs:
 
     realisation   = (1 - t / t_best_dense) / (1 - F / F_dense), at least 0.95 where B >= 128 and samples leave, of the
-                    better of the two
+                    better of the two; beside it, of each, that of the saving which its stages allow at their buckets
     gate overhead = t / t_without_gates - 1 where nobody leaves, at most 2 %: the same kernels as one graph, less gates
     waits         = none, by torch's synchronisation debug mode
     t <= t_eager  at every batch size and mix, of `graph`
@@ -38,10 +38,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from dgate_rt import Runtime
 from dgate_rt.bench import gates
 from dgate_rt.bench.acceptance_rows import Row, mix_name, table, verdicts
+from dgate_rt.bench.acceptance_stages import stages_ms
 from dgate_rt.bench.acceptance_switch import switch_us
-from dgate_rt.bench.acceptance_work import CUDA_ONLY, DENSE, GATED, WITHOUT_GATES, Engine, prepare
+from dgate_rt.bench.acceptance_work import CUDA_ONLY, DENSE, GATED, WITHOUT_GATES, Engine, OneByOne, prepare
 from dgate_rt.bench.cases import RESNET_50, RESNET_101, TINY, Case, Network, Work, make_case, measure
 from dgate_rt.bench.workload import NO_EXIT, PAPER_MIXES, Mix
 from dgate_rt.cli.doctor import driver_cuda_version
@@ -102,7 +104,7 @@ def _batch_size_rows(
     for mix in mixes:
         entries = [replace(entry, row=replace(entry.row, mix=mix)) for entry in dense]
         entries += [_enter(replace(blank, mix=mix, engine=engine), case, work, simulated) for engine in GATED]
-        yield _timed(entries, work, size.repeats)
+        yield _timed(entries, work, size.repeats, simulated)
         del entries
         _clear(simulated)
 
@@ -163,11 +165,14 @@ def _waits(run: Engine, work: Work, simulated: bool) -> bool:
     return False
 
 
-def _timed(entries: list[_Entry], work: Work, repeats: int) -> list[Row]:
+def _timed(entries: list[_Entry], work: Work, repeats: int, simulated: bool) -> list[Row]:
     """Time the engines of a group in turn."""
     ready = [entry for entry in entries if entry.run is not None]
     timings = _timings(ready, work, repeats)
     ms = {e.row.engine: t.per(len(work.batches)) for e, t in zip(ready, timings, strict=True)}
+    for entry in ready:
+        if isinstance(entry.run, OneByOne) and isinstance(entry.run.run, Runtime) and entry.row.engine in WITHOUT_GATES:
+            entry.row = replace(entry.row, stages_ms=stages_ms(entry.run.run, work.batches[0], simulated))
     dense = [ms[engine].rounds for engine in DENSE if engine in ms]
     best = Timing.of(np.min(dense, axis=0).tolist()) if dense else None
     return [_summarised(entry.row, ms, best, work) for entry in entries]
@@ -199,9 +204,13 @@ def _summarised(row: Row, ms: dict[str, Timing], best: Timing | None, work: Work
         realisation = (1 - to_dense) / (1 - work.cost(work.program(row.mix)))
     without_gates = ratio(ms.get(WITHOUT_GATES.get(row.engine, "")))
     eager = ratio(ms.get("eager")) if row.engine in GATED else None
+    baseline, in_time = ms.get(WITHOUT_GATES.get(row.engine, "")), None
+    if baseline is not None and without_gates is not None and row.stages_ms and realisation is not None:
+        in_time = (1 - without_gates) / (1 - row.stages_ms / baseline.median)
     return replace(
-        row, ms=own, to_dense=to_dense, to_without_gates=without_gates, to_eager=eager, realisation=realisation
-    )
+        row, ms=own, to_dense=to_dense, to_without_gates=without_gates, to_eager=eager, realisation=realisation,
+        time_realisation=in_time,
+    )  # fmt: skip
 
 
 def _clear(simulated: bool) -> None:

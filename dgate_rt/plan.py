@@ -116,7 +116,7 @@ def expected_buckets(
 
     The stage is taken to cost as much as it has samples.
     """
-    arrivals, cost = _arriving(batch_size, shares, stage), np.arange(batch_size + 1.0)
+    arrivals, cost = arrivals_at(batch_size, shares, stage), np.arange(batch_size + 1.0)
     return choose_buckets(arrivals, cost, MOST_BUCKETS) if sizes == "auto" else pad_to(arrivals, cost, sizes)
 
 
@@ -134,10 +134,11 @@ def likely_sizes(
     anything = np.full(batch_size + 1, 1 / (batch_size + 1))
     chosen = []
     for stage in range(len(shares)):
-        expected = _arriving(batch_size, shares, stage)
+        expected = arrivals_at(batch_size, shares, stage)
         chosen.append(choose_buckets(0.9 * expected + 0.1 * anything, cost, buckets).sizes)
     return chosen
 
 
-def _arriving(batch_size: int, shares: Sequence[float], stage: int) -> Floats:  # [B + 1]
+def arrivals_at(batch_size: int, shares: Sequence[float], stage: int) -> Floats:  # [B + 1]
+    """How many of a batch arrive at a stage where samples leave by ``shares`` [G + 1], each by itself."""
     return binomial_arrivals(batch_size, min(1.0, max(0.0, 1 - sum(shares[:stage]))))

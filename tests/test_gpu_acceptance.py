@@ -13,10 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from dgate_rt import ops
-from dgate_rt.bench import acceptance_rows, acceptance_switch, gates, gpu_acceptance
+from dgate_rt import Runtime, ops
+from dgate_rt.bench import acceptance_rows, acceptance_stages, acceptance_switch, gates, gpu_acceptance
 from dgate_rt.bench.acceptance_rows import Row, verdicts
-from dgate_rt.bench.acceptance_work import CUDA_ONLY, DENSE, GATED, Engine, prepare
+from dgate_rt.bench.acceptance_stages import stages_ms
+from dgate_rt.bench.acceptance_work import CUDA_ONLY, DENSE, GATED, Engine, OneByOne, prepare
 from dgate_rt.bench.cases import TINY, Case, make_case, measure
 from dgate_rt.bench.gpu_acceptance import Size, main, measure_rows
 from dgate_rt.bench.roofline import GateShape
@@ -76,6 +77,7 @@ def test_the_command_measures_every_engine_and_goes_on_where_it_stopped(
     assert all(r["ms"]["median"] > 0 and r["to_dense"] > 0 for r in measured)
     assert all((r["realisation"] is None) == (r["engine"] == "dense" or r["mix"] == list(NO_EXIT)) for r in measured)
     assert [r["waits"] for r in rows if r["engine"] == "graph"] == [False] * 4
+    assert all((r["stages_ms"] or 0) > 0 for r in rows if r["engine"] == "graph")
     assert (results["commit"], results["device"], results["gpu"]) == ("c0ffee", "cpu-sim", None)
     assert results["command"].startswith("python -m dgate_rt.bench.gpu_acceptance --device cpu-sim")
     assert "| tiny ResNet | 4 | .20 .30 .25 .25 | graph |" in out
@@ -125,6 +127,32 @@ def spoiled(monkeypatch: pytest.MonkeyPatch, engine: str, change: Engine) -> Non
 def by_engine(size: Size = ONE) -> dict[str, Row]:
     (rows,) = measure_rows(size, simulated=True)
     return {row.engine: row for row in rows}
+
+
+@needs_extension
+@pytest.mark.usefixtures("small", "tiny")
+def test_it_measures_only_what_is_asked_for(tmp_path: Path) -> None:
+    path = tmp_path / "gpu.json"
+    assert main([*SIMULATED, str(path), "--batch-sizes", "4", "--mixes", "5"]) == 0
+    rows = json.loads(path.read_text())["rows"]
+    assert {(row["batch_size"], tuple(row["mix"])) for row in rows} == {(4, NO_EXIT)}
+
+
+@needs_extension
+def test_the_stages_alone_take_what_their_buckets_do(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    work = measure(case, 16, 16)
+    program = work.program(MIXED)
+    run = prepare("graph", case, program, work.batches[0], True)
+    assert isinstance(run, OneByOne)
+    assert isinstance(run.run, Runtime)
+    sizes = iter([(16,), *(plan.sizes for plan in run.run._executor.stages.buckets)])
+    expected = [plan.expected for plan in run.run._executor.stages.buckets]
+
+    def as_many_ms_as_rows(jobs: Sequence[object], repeats: int) -> list[Timing]:
+        return [Timing.of([float(size)]) for size in next(sizes)]
+
+    monkeypatch.setattr(acceptance_stages, "interleaved", as_many_ms_as_rows)
+    assert stages_ms(run.run, work.batches[0], True) == pytest.approx(16 + sum(expected))
 
 
 @needs_extension
@@ -266,8 +294,8 @@ def test_the_table_says_what_was_skipped() -> None:
     skipped = row(status="skipped", note="out of memory")
     measured = row(ms=Timing.of([1.0, 2.0, 3.0]), to_dense=0.5, realisation=0.9, peak_mib=12.4)
     _, _, first, second = acceptance_rows.table([skipped, measured])
-    assert first == "| net | 256 | .20 .30 .25 .25 | graph |  |  |  |  | skipped: out of memory |"
-    assert second == "| net | 256 | .20 .30 .25 .25 | graph | 2.000 (1.400 to 2.600) | 2.00 | 0.900 | 12 |  |"
+    assert first == "| net | 256 | .20 .30 .25 .25 | graph |  |  |  |  |  | skipped: out of memory |"
+    assert second == "| net | 256 | .20 .30 .25 .25 | graph | 2.000 (1.400 to 2.600) | 2.00 | 0.900 |  | 12 |  |"
 
 
 @pytest.mark.parametrize(
