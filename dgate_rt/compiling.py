@@ -13,6 +13,7 @@ from dgate_rt.errors import ExecutorError
 from dgate_rt.executors import EXECUTORS, GatedModel, Setup, prefers_channels_last
 from dgate_rt.executors.capturable import refuse_uncapturable_stages
 from dgate_rt.executors.captured import segments
+from dgate_rt.graphs import graph_driver
 from dgate_rt.plan import expected_buckets, likely_sizes
 from dgate_rt.program import GateProgram
 from dgate_rt.runtime import Runtime
@@ -26,6 +27,7 @@ _CHOICE = {
 }
 _SHOWS_EARLY = ("eager", "what shows early answers on the CPU")
 _ANYWHERE = ("eager", "exact sub-batch sizes, on any device")
+_ON_CUDA = ("graph", "one launch a batch, and the host waits for nothing")
 
 
 def compile(
@@ -54,7 +56,8 @@ def compile(
         batch_size: the most samples to run at once; larger calls are cut up, smaller ones run as they are.
         device: where to run. ``"cpu-sim"`` simulates a GPU's driver on the CPU, for tests and for the curious.
         executor: ``"dense"``, ``"eager"``, ``"refill"``, ``"lag"``, ``"graph"``, or ``"auto"``, which picks one and
-            says which and why (`Runtime.describe`).
+            says which and why (`Runtime.describe`): on CUDA ``"graph"`` where driver and network allow it. That runs
+            the first stage on ``batch_size`` samples, however few are given.
         engine: what the stages run on: ``"eager"``, ``"inductor"``, ``"openvino"``, ``"onnxruntime"``, a function
             (`dgate_rt.engines.StageEngine`), or ``"auto"``, which measures those that are installed and takes the
             fastest. ``"lag"`` runs on eager only.
@@ -110,7 +113,7 @@ def compile(
         raise ExecutorError(f"device: {device} was asked for, but torch sees no CUDA device here")
     kind, reason = "cpu-sim" if simulated else device.type, "asked for"
     if executor == "auto":
-        executor, reason = _SHOWS_EARLY if early_answers and kind == "cpu" else _CHOICE.get(kind, _ANYWHERE)
+        executor, reason = _choice(kind, program, early_answers)
     if kind not in EXECUTORS[executor].devices:
         raise ExecutorError(f"executor: {executor} runs on {' and '.join(EXECUTORS[executor].devices)}, not on {kind}")
     if losing_gates == "off" and (executor != "refill" or chunks != "auto"):
@@ -155,6 +158,21 @@ def compile(
         sizes=tuple(staged.sizes(stage) for stage in range(stages)),
     )
     return Runtime(program, model, EXECUTORS[executor](model, setup), reason, setup, staged, monitor)
+
+
+def _choice(kind: str, program: GateProgram, early_answers: bool) -> tuple[str, str]:
+    """The executor that suits a kind of device, and why."""
+    if kind == "cpu" and early_answers:
+        return _SHOWS_EARLY
+    if kind != "cuda":
+        return _CHOICE.get(kind, _ANYWHERE)
+    try:
+        graph_driver("cuda")
+        refuse_uncapturable_stages(program.staged, program.input_shape, program.input_dtype)
+    except ExecutorError as error:
+        executor, why = _ANYWHERE
+        return executor, f"{why}; graph cannot run here: {error}"
+    return _ON_CUDA
 
 
 def _sizes(

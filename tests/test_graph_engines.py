@@ -13,7 +13,7 @@ from programs import all_margins, make_program, thresholds_for
 from torch import Tensor, nn
 
 import dgate_rt as dg
-from dgate_rt import StagedModel, ops
+from dgate_rt import StagedModel, compiling, ops
 from dgate_rt.engines.base import Run
 from dgate_rt.errors import ExecutorError
 
@@ -50,6 +50,18 @@ def moderate(tiny_staged, tiny_gates, images):
     thresholds = thresholds_for(all_margins(tiny_staged, tiny_gates, images), 0.4)
     program = make_program(tiny_staged, tiny_gates, thresholds, images)
     return replace(program, point=replace(program.point, shares=(0.4, 0.24, 0.144, 0.216)))
+
+
+class Noisy(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.rand_like(x)
+
+
+@pytest.fixture
+def noisy(tiny_staged, tiny_gates, images):
+    """The second stage cannot be captured."""
+    stages = [tiny_staged.stages[0], nn.Sequential(tiny_staged.stages[1], Noisy()), *tiny_staged.stages[2:]]
+    return make_program(StagedModel(stages).eval(), tiny_gates, (0.5, 0.5, 0.5), images)
 
 
 @pytest.mark.parametrize("buckets", ["auto", [7, 32]], ids=["auto", "given"])
@@ -97,19 +109,33 @@ def test_inductor_answers_as_dense_execution_with_post_hoc_gating(moderate, imag
     assert "engine inductor" in run.describe()
 
 
-def test_what_cannot_be_captured_is_refused_before_it_is_compiled(tiny_staged, tiny_gates, images):
-    class Noisy(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return x + torch.rand_like(x)
-
-    stages = [tiny_staged.stages[0], nn.Sequential(tiny_staged.stages[1], Noisy()), *tiny_staged.stages[2:]]
-    program = make_program(StagedModel(stages).eval(), tiny_gates, (0.5, 0.5, 0.5), images)
+def test_what_cannot_be_captured_is_refused_before_it_is_compiled(noisy):
     spy = Spy()
     with pytest.raises(ExecutorError, match="stage 1, module '1', draws random numbers"):
-        simulate(program, engine=spy)
+        simulate(noisy, engine=spy)
     assert not spy.asked
 
 
 def test_lag_runs_on_eager_only(moderate):
     with pytest.raises(ExecutorError, match="the executor lag runs on eager only, got 'inductor'"):
         dg.compile(moderate, executor="lag", device="cpu-sim", engine="inductor")
+
+
+@pytest.mark.parametrize(("able", "executor"), [(True, "graph"), (False, "eager")], ids=["new driver", "old driver"])
+def test_cuda_gets_the_graph_where_the_driver_has_it(moderate, monkeypatch, able, executor):
+    def driver(name: str) -> int:
+        if not able:
+            raise ExecutorError("driver: expected CUDA 12.8 or newer, got 12.4")
+        return 1
+
+    monkeypatch.setattr(compiling, "graph_driver", driver)
+    chosen, why = compiling._choice("cuda", moderate, early_answers=False)
+    assert chosen == executor
+    assert able or why.endswith("graph cannot run here: driver: expected CUDA 12.8 or newer, got 12.4")
+
+
+def test_cuda_gets_no_graph_of_what_cannot_be_captured(noisy, monkeypatch):
+    monkeypatch.setattr(compiling, "graph_driver", lambda name: 1)
+    chosen, why = compiling._choice("cuda", noisy, early_answers=False)
+    assert chosen == "eager"
+    assert "draws random numbers" in why

@@ -1,7 +1,7 @@
 // The table of driver calls, filled from the CUDA driver. Each function is fetched at the version whose signature is
 // written here, so that neither the toolkit nor the driver at hand can change it; nothing links against libcuda.
 //
-// It has been compiled against CUDA 13.0 and has not run: no GPU was at hand. What it hands on is thin on purpose.
+// Compiled against CUDA 13.0, it has run on a driver of that version. What it hands on is thin on purpose.
 #include <cuda.h>
 #include <cuda_runtime_api.h>
 

@@ -49,7 +49,7 @@ class SimulatedCaptures:
 
 
 class CudaCaptures:
-    """Captures in one memory pool, each warmed up so that libraries have made their choices. Not run so far."""
+    """Captures in one memory pool, each warmed up so that libraries have made their choices."""
 
     driver = "cuda"
 

@@ -6,7 +6,7 @@ captures again.
 
 With early answers every segment also copies the answers so far to pinned memory on the host.
 
-On CUDA this has not run yet; ``device="cpu-sim"`` runs it, control flow included, on the recording driver.
+``device="cpu-sim"`` runs it, control flow included, on the recording driver. On CUDA it has run but for early answers.
 """
 
 from __future__ import annotations

@@ -6,8 +6,7 @@ event says so and launches the next segment at the smallest bucket that holds th
 counts; a stream of batches does not, for two or more of them are under way, each in memory and on a CUDA stream of its
 own.
 
-Nothing here has run on CUDA yet; ``device="cpu-sim"`` runs it on the recording driver, with streams and events that do
-nothing.
+``device="cpu-sim"`` runs it on the recording driver, with streams and events that do nothing.
 """
 
 from __future__ import annotations
