@@ -247,13 +247,28 @@ def test_describe_names_executor_reason_and_gates(run):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("share", [0.0, 0.4, 1.0], ids=["none", "mixed", "all"])
-def test_eager_on_cuda_agrees(tiny_staged, tiny_gates, tiny_images, share):
+@pytest.mark.parametrize(
+    ("executor", "options"),
+    [
+        ("eager", {}),
+        ("lag", {"monitor": True}),
+        ("graph", {"monitor": True}),
+        ("graph", {"early_answers": True}),
+        ("graph", {"engine": "inductor", "buckets": [16]}),
+    ],
+    ids=["eager", "lag", "graph", "early answers", "compiled"],
+)
+def test_executors_on_cuda_agree(tiny_staged, tiny_gates, tiny_images, executor, options, share):
     margins = all_margins(tiny_staged, tiny_gates, tiny_images)
     thresholds = thresholds_for(margins, share)
-    out = dg.compile(make_program(tiny_staged, tiny_gates, thresholds, tiny_images), device="cuda")(tiny_images.cuda())
+    program = make_program(tiny_staged, tiny_gates, thresholds, tiny_images)
+    run = dg.compile(program, device="cuda", executor=executor, batch_size=32, **options)
+    out = run.submit(tiny_images.cuda()).result() if "early_answers" in options else run(tiny_images.cuda())
     with torch.inference_mode():
         _, _, exits = reference.predict(tiny_staged, tiny_gates, thresholds, tiny_images)
     assert ((out.exits.cpu() == exits) | ((margins - torch.tensor(thresholds)[:, None]).abs() < 1e-2).any(0)).all()
+    if "monitor" in options:
+        assert torch.equal(run.monitor.counts().sum(1), torch.bincount(out.exits.cpu(), minlength=4))
 
 
 def test_compiled_and_run_inside_inference_mode(tiny_staged, tiny_gates, tiny_images):
