@@ -14,7 +14,7 @@ from dgate_rt.executors import EXECUTORS, GatedModel, Setup, prefers_channels_la
 from dgate_rt.executors.capturable import refuse_uncapturable_stages
 from dgate_rt.executors.captured import segments
 from dgate_rt.graphs import graph_driver
-from dgate_rt.plan import expected_buckets, likely_sizes
+from dgate_rt.plan import entry_sizes, expected_buckets, likely_sizes
 from dgate_rt.program import GateProgram
 from dgate_rt.runtime import Runtime
 
@@ -56,8 +56,7 @@ def compile(
         batch_size: the most samples to run at once; larger calls are cut up, smaller ones run as they are.
         device: where to run. ``"cpu-sim"`` simulates a GPU's driver on the CPU, for tests and for the curious.
         executor: ``"dense"``, ``"eager"``, ``"refill"``, ``"lag"``, ``"graph"``, or ``"auto"``, which picks one and
-            says which and why (`Runtime.describe`): on CUDA ``"graph"`` where driver and network allow it. That runs
-            the first stage on ``batch_size`` samples, however few are given.
+            says which and why (`Runtime.describe`): on CUDA ``"graph"`` where driver and network allow it.
         engine: what the stages run on: ``"eager"``, ``"inductor"``, ``"openvino"``, ``"onnxruntime"``, a function
             (`dgate_rt.engines.StageEngine`), or ``"auto"``, which measures those that are installed and takes the
             fastest. ``"lag"`` runs on eager only.
@@ -66,8 +65,9 @@ def compile(
         scores: also return the ``[N, K]`` distances, or the logits of samples that ran to the end.
         channels_last: memory format of images and convolution weights. By default channels_last on the CPU if the
             network convolves images, where it is about twice as fast; otherwise the layout stays as it is.
-        buckets: for ``"lag"`` and ``"graph"``, the batch sizes that stages behind a gate are prepared for, beside
-            ``batch_size``; by default the six that should cost least (`dgate_rt.plan`), a stage by itself. For engines
+        buckets: for ``"lag"`` and ``"graph"``, the batch sizes that stages are prepared for, beside ``batch_size``;
+            by default the powers of four for the stages before the first gate, which meet batches as they are given,
+            and for each stage behind it the six that should cost least (`dgate_rt.plan`). For engines
             that prepare a stage for each batch size, those sizes; by default six a stage that suit the program's exit
             shares, and leave some room for others but for ``"graph"``, or for ``"refill"`` the powers of four.
         chunks: for ``"refill"``, how many samples each stage runs on at a time. By default those that should cost least
@@ -184,10 +184,8 @@ def _sizes(
         active = tuple(threshold != float("inf") for threshold in program.thresholds)
         first, *later = segments(active)
         sizes = [expected_buckets(batch_size, shares, part.stages[0], buckets).sizes for part in later]
-        parts = zip([first, *later], [(batch_size,), *sizes], strict=True)
+        parts = zip([first, *later], [entry_sizes(batch_size, buckets), *sizes], strict=True)
         return [size for part, size in parts for _ in part.stages]
     if buckets == "auto" and executor != "refill":  # which makes up any number of a few sizes
         return likely_sizes(batch_size, shares)
-    if buckets == "auto":
-        buckets = [4**power for power in range(batch_size.bit_length())]
-    return [(*(size for size in buckets if size < batch_size), batch_size)] * len(shares)
+    return [entry_sizes(batch_size, buckets)] * len(shares)

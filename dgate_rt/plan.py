@@ -120,6 +120,13 @@ def expected_buckets(
     return choose_buckets(arrivals, cost, MOST_BUCKETS) if sizes == "auto" else pad_to(arrivals, cost, sizes)
 
 
+def entry_sizes(batch_size: int, sizes: Sequence[int] | Literal["auto"] = "auto") -> tuple[int, ...]:
+    """At which sizes batches of any number of samples enter, ascending: those given, or the powers of four."""
+    if sizes == "auto":
+        sizes = [4**power for power in range(batch_size.bit_length())]
+    return (*sorted({size for size in sizes if size < batch_size}), batch_size)
+
+
 def likely_sizes(
     batch_size: int,
     shares: Sequence[float],  # [G + 1]; of the samples that leave at each exit

@@ -16,6 +16,7 @@ import dgate_rt as dg
 from dgate_rt import StagedModel, compiling, ops
 from dgate_rt.engines.base import Run
 from dgate_rt.errors import ExecutorError
+from dgate_rt.graphs import driver_counts, reset_simulation
 
 pytestmark = pytest.mark.skipif(not ops.extension_loaded(), reason="the C++ extension is not built")
 
@@ -69,7 +70,7 @@ def test_stages_are_compiled_at_the_captured_sizes_and_need_no_padding(moderate,
     spy = Spy()
     run = simulate(moderate, engine=spy, buckets=buckets)
     executor = run._executor
-    assert spy.asked[0] == (64,)
+    assert spy.asked[0] == executor.stages.entries == ((1, 4, 16, 64) if buckets == "auto" else (7, 32, 64))
     assert spy.asked[1:] == [plan.sizes for plan in executor.stages.buckets]
     assert buckets == "auto" or spy.asked[1:] == [(7, 32, 64)] * 3
     check(run, moderate, images)
@@ -89,7 +90,7 @@ def test_stages_between_two_gates_share_their_sizes(moderate, images):
     program = replace(moderate, thresholds=thresholds, point=replace(moderate.point, thresholds=thresholds))
     spy = Spy()
     run = simulate(program, engine=spy)
-    assert spy.asked[:2] == [(64,)] * 2
+    assert spy.asked[:2] == [(1, 4, 16, 64)] * 2
     assert spy.asked[2] == spy.asked[3]
     check(run, program, images)
     assert not any(padded(run))
@@ -119,6 +120,26 @@ def test_what_cannot_be_captured_is_refused_before_it_is_compiled(noisy):
 def test_lag_runs_on_eager_only(moderate):
     with pytest.raises(ExecutorError, match="the executor lag runs on eager only, got 'inductor'"):
         dg.compile(moderate, executor="lag", device="cpu-sim", engine="inductor")
+
+
+@pytest.mark.parametrize(("count", "entry"), [(1, 1), (3, 4), (4, 4), (5, 16), (64, 64)])
+def test_a_small_batch_enters_at_a_small_size(moderate, images, count, entry):
+    spy = Spy()
+    run = simulate(moderate, engine=spy)
+    spy.ran.clear()
+    reset_simulation()
+    check(run, moderate, images[:count])
+    assert {size for stage, size in spy.ran if stage == 0} == {entry}
+    assert (driver_counts().launches, driver_counts().host_calls) == (1, 1)
+
+
+def test_batches_of_all_sizes_in_turn_keep_to_their_own_graph(moderate, images):
+    run = simulate(moderate)
+    for count in (64, 3, 64, 1, 17, 5, 64):
+        check(run, moderate, images[:count])
+    run.set_thresholds((*moderate.thresholds[:2], math.inf))
+    for count in (2, 64, 2):
+        agrees(run(images[:count]), run.thresholds, moderate, images[:count])
 
 
 @pytest.mark.parametrize(("able", "executor"), [(True, "graph"), (False, "eager")], ids=["new driver", "old driver"])

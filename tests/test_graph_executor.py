@@ -195,7 +195,8 @@ def test_a_capture_is_called_alike_wherever_it_is_named(tiny_staged, tiny_gates,
     monkeypatch.setattr(SimulatedCaptures, "__call__", capture)
     run = simulate(make_program(tiny_staged, tiny_gates, (0.1, INF, 0.1), tiny_images), buckets=[8])
     first, *later = run.describe("json")["nodes"]
-    assert set(asked) == {first["name"], *(body["name"] for node in later for body in node["bodies"])}
+    entries = {f"{first['name']}, bucket {size}" for size in (8, 64)}
+    assert set(asked) == {*entries, *(body["name"] for node in later for body in node["bodies"])}
     assert "stages 1 to 2, bucket 8" in asked
 
 
@@ -256,6 +257,7 @@ def fake_on_cuda(executor, mode):
     twin, answers = copy.copy(executor), executor.answers
     for name in ("input", "_live", "status", "_positions", "handles"):
         setattr(twin, name, fake(getattr(executor, name)))
+    twin.handles_of = {entry: fake(handles) for entry, handles in executor.handles_of.items()}
     twin.answers = type(answers)(fake(answers.labels), fake(answers.scores), fake(answers.exits))
     twin.arenas = [
         replace(a, rows=tuple(map(fake, a.rows)), **{name: fake(getattr(a, name)) for name in ARENA})

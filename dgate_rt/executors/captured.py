@@ -7,6 +7,7 @@ buckets, together with its gate; rows at and after the live count hold stale dat
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +22,7 @@ from dgate_rt.executors.captures import Captures
 from dgate_rt.executors.early import UNANSWERED, publish, unanswered
 from dgate_rt.gate import margin_and_label
 from dgate_rt.graphs import Capture
-from dgate_rt.plan import StageBuckets, expected_buckets
+from dgate_rt.plan import StageBuckets, entry_sizes, expected_buckets
 from dgate_rt.staged import Boundary, as_tuple
 
 
@@ -80,7 +81,11 @@ class CapturedStages:
         self.active = model.active
         self.segments = segments(model.active)
         self.buckets = [self._plan(segment) for segment in self.segments[1:]]
+        self.entries = setup.sizes_of(0) or entry_sizes(size, setup.buckets)
+        """At which sizes batches enter: the first segment is captured at these."""
         self.handles = torch.zeros(len(model.thresholds), dtype=torch.int64, device=self._device)
+        self.handles_of = {entry: torch.zeros_like(self.handles) for entry in self.entries}
+        """Of the graph that begins with each; its first segment makes them those in force."""
         self.arenas: list[Arena] = []
         self.captures: list[dict[int, Capture]] = []
         """For each segment the captures by their size, smallest first."""
@@ -94,6 +99,10 @@ class CapturedStages:
             """What captures on CUDA pad in; it would otherwise end with the thread that made them."""
         except torch.OutOfMemoryError as error:
             raise ExecutorError(f"executor: {error}\n{self._needed()}") from error
+
+    def entry(self, count: int) -> int:
+        """At which size a batch of ``count`` samples enters."""
+        return self.entries[bisect_left(self.entries, count)]
 
     def load(self, x: Tensor) -> None:
         """Bring a batch in, unless it lies in `input` already."""
@@ -111,8 +120,8 @@ class CapturedStages:
             out.distances.copy_(answers.distances)
 
     def describe(self) -> list[str]:
-        """The buckets of every segment behind the first, what padding to them is expected to cost, and the memory."""
-        lines = []
+        """The sizes of every segment, what padding to them is expected to cost behind the first, and the memory."""
+        lines = [f"{self.segments[0].called()}: batches of {', '.join(map(str, self.entries))}"]
         for segment, buckets in zip(self.segments[1:], self.buckets, strict=True):
             sizes = ", ".join(map(str, buckets.sizes))
             lines.append(f"{segment.called()}: buckets {sizes}; padding is expected to add {buckets.waste:.1%}")
@@ -120,14 +129,16 @@ class CapturedStages:
         return [*lines, f"memory: arenas {_mebibytes(self._arena_bytes())}{captures}"]
 
     def called(self, index: int, size: int) -> str:
-        """What messages call a capture; the first segment has only one, of the full batch."""
-        return self.segments[index].called(size if index else None)
+        """What messages call a capture."""
+        return self.segments[index].called(size)
 
     def run_segment(self, index: int, size: int) -> None:
         """What one capture does: stages, then the gate or the end."""
         segment, arena = self.segments[index], self.arenas[index]
-        if index == 0 and self.host is not None:
-            self.answers.exits.fill_(UNANSWERED)
+        if index == 0:
+            self.handles.copy_(self.handles_of[size])
+            if self.host is not None:
+                self.answers.exits.fill_(UNANSWERED)
         boundary = self._run_stages(segment, arena.first(size))
         if segment.gate is None:
             self._finish(arena, as_tuple(boundary)[0].float(), size)
@@ -139,7 +150,8 @@ class CapturedStages:
     def _make_arenas(self) -> None:
         """Run every stage once, at the full batch: it says what crosses, and shows what cannot be captured."""
         size = self.setup.batch_size
-        self.arenas.append(Arena((self.input,), True, self._positions, self._live, self._sizes(size), self._int32(0)))
+        sizes = self._sizes(*self.entries)
+        self.arenas.append(Arena((self.input,), True, self._positions, self._live, sizes, self._int32(0)))
         for segment, buckets in zip(self.segments, [*self.buckets, None], strict=True):
             boundary = self.arenas[-1].first(size)
             for stage in segment.stages:
@@ -160,7 +172,7 @@ class CapturedStages:
             raise ExecutorError(f"executor: stage {stage} does not run on {size} samples: {error}") from error
 
     def _make_captures(self) -> None:
-        for index, sizes in enumerate([(self.setup.batch_size,), *(buckets.sizes for buckets in self.buckets)]):
+        for index, sizes in enumerate([self.entries, *(buckets.sizes for buckets in self.buckets)]):
             largest_first: dict[int, Capture] = {}  # so the pool grows once
             for size in reversed(sizes):
                 before = self._capture.reserved()

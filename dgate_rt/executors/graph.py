@@ -1,8 +1,8 @@
 """The whole batch as one graph launch: the device picks the size of every sub-batch, and the host waits for nothing.
 
 The captures of all segments are assembled into a chain of switches (`dgate_rt.graphs`), and the route of each gate
-sets the switch of the next segment. Thresholds are device data, so moving them is a copy; switching a gate on or off
-captures again.
+sets the switch of the next segment. There is a graph for each of a few sizes of the batch itself, which the host knows;
+they share the captures. Thresholds are device data, so moving them is a copy; switching a gate on or off captures again.
 
 With early answers every segment also copies the answers so far to pinned memory on the host.
 
@@ -11,6 +11,7 @@ With early answers every segment also copies the answers so far to pinned memory
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -21,11 +22,11 @@ from dgate_rt.executors.base import GatedModel, Predictions, Setup
 from dgate_rt.executors.captured import CapturedStages
 from dgate_rt.executors.captures import captures_for, current, freed_on_failure
 from dgate_rt.executors.early import UNANSWERED, Ticket
-from dgate_rt.graphs import AssembledGraph
+from dgate_rt.graphs import AssembledGraph, Capture
 
 
 class GraphExecutor:
-    """One graph for batches of up to ``batch_size``; used by one stream at a time."""
+    """A graph for each size at which batches enter, up to ``batch_size``; used by one stream at a time."""
 
     name = "graph"
     devices: tuple[str, ...] = ("cuda", "cpu-sim")
@@ -56,7 +57,7 @@ class GraphExecutor:
             self.stages.host.exits.fill_(UNANSWERED)
         with current(x.device):
             self.stages.load(x)
-            self.graph.launch()
+            self.graphs[self.stages.entry(len(x))].launch()
 
     @property
     def input(self) -> Tensor:
@@ -69,9 +70,14 @@ class GraphExecutor:
         return self.stages.describe()
 
     def assembled(self, format: str) -> Any:
-        """As `AssembledGraph.describe`, for the gates that are on now."""
+        """As `AssembledGraph.describe`, of full batches, for the gates that are on now."""
         self._follow_gates()
         return self.graph.describe(format)
+
+    @property
+    def graph(self) -> AssembledGraph:
+        """The graph of full batches."""
+        return self.graphs[self.setup.batch_size]
 
     def _follow_gates(self) -> None:
         """Capture again if a gate was switched on or off."""
@@ -92,15 +98,23 @@ class GraphExecutor:
     def _capture_and_assemble(self) -> None:
         capture = captures_for(self.setup, self.model.thresholds.device)
         self.stages = stages = CapturedStages(self.model, self.setup, capture)
-        (first,) = stages.captures[0].values()
-        try:
-            names = [segment.called() for segment in stages.segments]
-            self.graph = AssembledGraph(first, stages.captures[1:], capture.driver, names=names)
-        except (ValueError, RuntimeError) as error:
-            raise ExecutorError(f"graph: {error}") from error
+        names = [segment.called() for segment in stages.segments]
         gates = [segment.gate for segment in stages.segments if segment.gate is not None]
-        for gate, switch in zip(gates, self.graph.switches, strict=True):
-            stages.handles[gate] = switch
+        self.graphs: dict[int, AssembledGraph] = {}
+        for entry, first in stages.captures[0].items():
+            later = [_holding(entry, captures) for captures in stages.captures[1:]]
+            try:
+                self.graphs[entry] = AssembledGraph(first, later, capture.driver, names=names)
+            except (ValueError, RuntimeError) as error:
+                raise ExecutorError(f"graph: {error}") from error
+            for gate, switch in zip(gates, self.graphs[entry].switches, strict=True):
+                stages.handles_of[entry][gate] = switch
+
+
+def _holding(count: int, captures: Mapping[int, Capture]) -> dict[int, Capture]:
+    """Of captures by their size, smallest first, those that ``count`` samples can need."""
+    enough = next(size for size in captures if size >= count)
+    return {size: capture for size, capture in captures.items() if size <= enough}
 
 
 class Launched:

@@ -166,8 +166,7 @@ class Lane:
             self._own.thresholds.copy_(self._model.thresholds)
             self._stages.load(x)
         self._stream.lead()  # from here on the caller may change the batch and the thresholds
-        (size,) = self._launchers[0]
-        self._launch(0, size)
+        self._launch(0, self._stages.entry(len(x)))
 
     def arrived(self) -> bool:
         """Whether `advance` would not wait."""
