@@ -22,8 +22,7 @@ demo: install ## train, gate, calibrate and run on real images; writes demo/repo
 	$(BIN)/dgate demo
 
 test: install ## the tests
-	$(BIN)/pytest --ignore tests/test_engines.py
-	$(BIN)/pytest tests/test_engines.py # apart: a process that had run these has crashed later, in tests that came behind
+	$(BIN)/pytest
 
 gpu: install ## on a machine with a GPU: the tests that need one, the sanitizers, the times of gates and executors
 	DGATE_RT_BUILD_CUDA=1 $(BIN)/python setup.py -q build_ext --inplace

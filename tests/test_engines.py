@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -479,6 +481,31 @@ def test_openvino_writes_images_where_they_are_wanted(prepared, engine):
     for compiled in stage.run._compiled.values():
         kinds = [node.get_rt_info()["layerType"] for node in compiled.get_runtime_model().get_ops()]
         assert "Transpose" not in kinds
+
+
+_TWO_NETWORKS_END = """
+import os, signal
+import torch
+from torch import nn
+from dgate_rt import StagedModel
+from dgate_rt.engines import prepare
+
+def prepared():
+    return prepare(StagedModel([nn.Linear(4, 4)]).eval(), "openvino", sizes=[2], sample_shape=(4,))
+
+signal.signal(signal.SIGUSR1, lambda *_: print("handled"))
+first, second = prepared(), prepared()
+del first
+del second
+os.kill(os.getpid(), signal.SIGUSR1)
+"""
+
+
+@pytest.mark.parametrize("engine", [needs("openvino")])
+def test_a_signal_finds_its_stack_after_networks_have_ended(engine):
+    command = [sys.executable, "-X", "faulthandler", "-c", _TWO_NETWORKS_END]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stdout) == (0, "handled\n"), run.stderr
 
 
 def test_which_engines_have_threads_of_their_own(prepared):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ class OpenVinoEngine:
 
         low = any(t.dtype is torch.bfloat16 for t in (*example, *stage.parameters()))
         exported = export(stage, example, widen=low, merged=True)
-        model, core = _with_edges(ov.convert_model(exported.program), exported), ov.Core()
+        model, core = _with_edges(ov.convert_model(exported.program), exported), _core()
         options = {
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_PRECISION_HINT": "bf16" if low else "f32",
@@ -49,6 +50,19 @@ class OpenVinoEngine:
             fixed.reshape({port: list(t.shape) for port, t in zip(fixed.inputs, given, strict=True)})
             compiled[size] = core.compile_model(fixed, "CPU", options)
         return _Requests(exported, compiled)
+
+
+@cache
+def _core() -> Any:
+    """The one core of this process, never given up.
+
+    A core gives its thread another stack for signals, and takes that back when it ends. Of two that end in the order in
+    which they were made (2026.4), the second leaves the thread the stack of the first, which is gone: the next signal
+    that Python handles, of a DataLoader's worker that ends, say, ends the process.
+    """
+    import openvino as ov
+
+    return ov.Core()
 
 
 class _Requests:

@@ -2,7 +2,8 @@
 
 The captures of all segments are assembled into a chain of switches (`dgate_rt.graphs`), and the route of each gate
 sets the switch of the next segment. There is a graph for each of a few sizes of the batch itself, which the host knows;
-they share the captures. Thresholds are device data, so moving them is a copy; switching a gate on or off captures again.
+they share the captures. Thresholds are device data, so moving them is a copy; switching a gate on or off captures
+again.
 
 With early answers every segment also copies the answers so far to pinned memory on the host.
 
