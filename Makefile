@@ -28,7 +28,7 @@ gpu: install ## on a machine with a GPU: the tests that need one, the sanitizers
 	DGATE_RT_BUILD_CUDA=1 $(BIN)/python setup.py -q build_ext --inplace
 	$(BIN)/pytest -m gpu
 	$(BIN)/python -m dgate_rt.bench.gates
-	$(BIN)/python -m dgate_rt.bench.gpu_acceptance --no-tests
+	$(BIN)/python -m dgate_rt.bench.gpu_acceptance --no-tests --batch-sizes 1 32 128 512 --mixes 2 5
 
 bench: install ## the benchmarks
 	$(BIN)/pytest bench

@@ -1,6 +1,8 @@
 """Acceptance on a GPU: the tests that need one, every engine beside the best dense network, and whether targets hold.
 
-    python -m dgate_rt.bench.gpu_acceptance                              # about ten minutes; goes on where it stopped
+    python -m dgate_rt.bench.gpu_acceptance                              # hours, for Inductor compiles every bucket;
+                                                                         # goes on where it stopped
+    python -m dgate_rt.bench.gpu_acceptance --batch-sizes 128 --mixes 2  # two networks at one size and exit mix
     python -m dgate_rt.bench.gpu_acceptance --quick                      # a tiny network, first
     python -m dgate_rt.bench.gpu_acceptance --quick --device cpu-sim     # what runs without a GPU; times prove nothing
 
