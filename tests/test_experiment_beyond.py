@@ -82,7 +82,7 @@ def test_a_curve_is_read_between_its_points():
 
 def made_joint(joint_cost, joint_lost, sequential_cost, sequential_lost) -> dict:
     """A result of three seeds, each a hair beside the next."""
-    result = {"drops": (0.0, 0.01)}
+    result = {"drops": (0.0, 0.01), "network": {"seeds": [0.9] * 3}}
     for way, cost, lost in (
         ("joint", joint_cost, joint_lost),
         ("sequential", sequential_cost, sequential_lost),
@@ -104,9 +104,20 @@ def test_verdicts_on_joint_thresholds_fall_either_way(made, expected):
     assert [said["holds"] for said in joint._claims(made_joint(*made), 1)] == expected
 
 
-def test_curves_that_lose_nothing_in_common_are_refused():
-    with pytest.raises(ValueError, match="drops: expected such that every seed loses some accuracy in common"):
-        made_joint(0.5, 0.0, 0.6, 0.01)
+def test_curves_that_lose_nothing_in_common_show_nothing():
+    made = made_joint(0.5, 0.0, 0.6, 0.01)
+    assert made["equal"] == [None] * 3
+    said = joint._claims(made, 1)[2]
+    assert (said["holds"], said["seen"]) == (False, "in no seed do both ways lose any accuracy in common")
+
+
+def test_equal_accuracy_is_where_both_ways_of_a_seed_have_points():
+    """Joint costs 1 - 50 a point lost, sequential 1 - 25: half of that apart, over the losses up to 1 point."""
+    result = {"network": {"seeds": [0.9]}, "joint": {"lost": [[0.0, 0.01]], "cost": [[1.0, 0.5]]}}
+    result["sequential"] = {"lost": [[0.0, 0.02]], "cost": [[1.0, 0.5]]}
+    (found,) = joint._equal(result)
+    assert (found["from"], found["to"]) == (0.0, 0.01)
+    assert found["cheaper"] == pytest.approx(0.125)
 
 
 def test_calibrations_are_measured_on_the_population(bench):

@@ -108,7 +108,7 @@ def _claims(result: Result) -> list[Result]:
     shares = {way: [one["violated"] / count for one in result[way]] for way in WAYS}
     seen = {
         way: "; ".join(
-            f"{one['violated']} of {count} at {100 * bound:g} points"
+            f"{one['violated']} of {count} at {100 * bound:g} %"
             for bound, one in zip(result["bounds"], result[way], strict=True)
         )
         for way in WAYS
@@ -136,7 +136,7 @@ def tables(result: Result) -> list[Table]:
             one = result[way][b]
             count = len(one["drops"])
             rows.append([
-                f"{100 * bound:g} points, {_SAID[way]}",
+                f"{100 * bound:g} %, {_SAID[way]}",
                 f"{one['violated']} of {count} ({one['violated'] / count:.1%})",
                 f"{np.mean(one['drops']):.2%}", f"{one['drops'][-1]:.2%}",
                 f"{one['off']} of {count}", f"{one['saved']:.2%}", f"{result['possible'][b]:.2%}",
@@ -157,7 +157,7 @@ def figures(result: Result) -> Mapping[str, str]:
         for way in WAYS:
             count = len(result[way][b]["drops"])
             share = [number / count for number in range(1, count + 1)]
-            name = f"{100 * bound:g} points, {_SAID[way]}"
+            name = f"{100 * bound:g} %, {_SAID[way]}"
             lines[name] = Band(
                 [drop / bound for drop in result[way][b]["drops"]], share, share, share, b, dashed=way == "plain"
             )
