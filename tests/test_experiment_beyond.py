@@ -163,12 +163,20 @@ def test_a_drop_of_the_bound_is_no_violation():
 
 
 @pytest.mark.parametrize(
-    ("violated", "expected"), [((5, 6), [True, True]), ((6, 6), [False, True]), ((5, 5), [True, False])]
+    ("violated", "expected"),
+    [
+        (((5, 3), (6, 90)), [True, True]),
+        (((3, 6), (6, 90)), [False, True]),
+        (((5, 5), (90, 5)), [True, False]),
+    ],
 )
 def test_verdicts_on_guarantees_fall_either_way(violated, expected):
-    ways = dict(zip(guarantee.WAYS, violated, strict=True))
-    made = {way: [{"drops": np.zeros(100), "violated": count}] for way, count in ways.items()}
-    result = {"confidence": 0.95, "bounds": (0.01,), **made}
+    """Of 100 calibrations at either bound, with guarantee and without."""
+    made = {
+        way: [{"drops": np.zeros(100), "violated": count} for count in counts]
+        for way, counts in zip(guarantee.WAYS, violated, strict=True)
+    }
+    result = {"confidence": 0.95, "bounds": (0.01, 0.02), **made}
     assert [said["holds"] for said in guarantee._claims(result)] == expected
 
 
