@@ -16,7 +16,7 @@ from test_experiments import TINY, TRAINING, Fuse, Interrupted
 
 pytest.importorskip("matplotlib")
 
-from dgate_rt.experiments import classes, losses, page, points, record, surfaces
+from dgate_rt.experiments import classes, drift, guarantee, joint, losses, page, points, record, surfaces
 from dgate_rt.experiments.experiment import NAMES, find
 from dgate_rt.experiments.workbench import Workbench
 
@@ -25,6 +25,9 @@ OPTIONS = {
     "surfaces": surfaces.Options(steps=4),
     "points": points.Options(gates=2, drops=(0.05, 0.0), batch_sizes=(1, 16), images=16, rounds=2),
     "classes": classes.Options(gates=2, draws=10, shown=5),
+    "joint": joint.Options(seeds=3, gates=2, drops=(0.0, 0.02, 0.1), judged=0.02),
+    "guarantee": guarantee.Options(calibrations=4, samples=300, gates=2, drops=(0.02, 0.05)),
+    "drift": drift.Options(gates=2, windows=7, window=100),
 }
 
 
@@ -192,7 +195,7 @@ def test_report_of_a_folder_is_one_page(records, bench, tmp_path):
     shown = dgate("report", bench.folder, "-o", tmp_path / "page.html", "--json")
     assert len(json.loads(shown.stdout)["records"]) == len(records)
     text = (tmp_path / "page.html").read_text()
-    assert text.count("<svg") == 2 + 2 + 1 + 1
+    assert text.count("<svg") == 2 + 2 + 1 + 1 + 1 + 1 + 2
     assert text.count("data:image/png") >= 3
     assert not any(loads in text for loads in ('src="http', 'href="http', "<script"))
 

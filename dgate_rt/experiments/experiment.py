@@ -11,10 +11,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+import numpy as np
+from numpy.typing import ArrayLike
+
 from dgate_rt.experiments.workbench import Workbench
 
-NAMES = ("losses", "surfaces", "points", "classes")
-"""The modules of this package that hold an experiment, in the order of the paper."""
+NAMES = ("losses", "surfaces", "points", "classes", "joint", "guarantee", "drift")
+"""The modules of this package that hold an experiment: the paper's in its order, then those beyond it."""
+BEYOND = "beyond the paper"
+"""The source of an experiment that the paper has not."""
 Result = dict[str, Any]
 """What a run found, as JSON has it; under ``claims`` a list of `claim`."""
 
@@ -31,11 +36,11 @@ class Table:
 
 @dataclass(frozen=True)
 class Experiment:
-    """One experiment of the paper."""
+    """One experiment, of the paper or beyond it."""
 
     name: str
     title: str
-    source: str  # where the paper has it
+    source: str  # where the paper has it, or `BEYOND`
     about: str  # what is done, for the pages
     options: Any  # a frozen dataclass of defaults
     quick: Any  # the same, to see that it works
@@ -78,13 +83,19 @@ def find(name: str) -> Experiment:
 
 
 def claim(text: str, holds: bool, seen: str) -> dict[str, Any]:
-    """One thing that the paper says, whether it was seen here, and the numbers."""
+    """One thing that the paper says, or that we do, whether it was seen here, and the numbers."""
     return {"claim": text, "holds": bool(holds), "seen": seen}
 
 
 def points(share: float) -> str:
     """A difference of accuracies in points of a hundred, with its sign."""
     return f"{100 * share:+.2f} points"
+
+
+def spread(differences: ArrayLike) -> str:
+    """Their mean in points, the least and the most; one for each seed."""
+    values = np.asarray(differences)
+    return f"{points(values.mean())} ({100 * values.min():+.2f} to {100 * values.max():+.2f} over {len(values)} seeds)"
 
 
 def _parsed(name: str, text: str, default: Any) -> Any:

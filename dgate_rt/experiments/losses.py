@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from dgate_rt.cost import Costs
 from dgate_rt.errors import UnreachableTargetError
-from dgate_rt.experiments.experiment import Experiment, Result, Table, claim, points
+from dgate_rt.experiments.experiment import Experiment, Result, Table, claim, spread
 from dgate_rt.experiments.plots import Band, bands_figure
 from dgate_rt.experiments.scores import CRITERIA
 from dgate_rt.experiments.workbench import GateSpec, Workbench
@@ -107,23 +107,19 @@ def _claims(result: Result, gap: NDArray[np.float64]) -> list[Result]:
         claim(
             "At equal FLOPs gates trained with hinge loss (margin) are more accurate than with cross-entropy (softmax)",
             (gap.mean(1) > 0).all(),
-            f"{_spread(gap.mean(1))} on average over the FLOPs from {result['grid'][0]:.0%} of the network's to all",
+            f"{spread(gap.mean(1))} on average over the FLOPs from {result['grid'][0]:.0%} of the network's to all",
         ),
         claim(
             "The gap widens where fewer FLOPs are spent",
             (cheap > 0).all() and (cheap > dear).all(),
-            f"{_spread(cheap)} in the cheapest third of that range, {_spread(dear)} in the dearest",
+            f"{spread(cheap)} in the cheapest third of that range, {spread(dear)} in the dearest",
         ),
         claim(
             "Hinge gates (margin) are ahead of cross-entropy gates by whatever criterion suits those best (our check)",
             (result["ahead"][best] > 0).all(),
-            f"{_spread(result['ahead'][best])} against {best}",
+            f"{spread(result['ahead'][best])} against {best}",
         ),
     ]
-
-
-def _spread(values: NDArray[np.float64]) -> str:
-    return f"{points(values.mean())} ({100 * values.min():+.2f} to {100 * values.max():+.2f} over {len(values)} seeds)"
 
 
 def tables(result: Result) -> list[Table]:

@@ -30,8 +30,9 @@ _CLAIMS = ("Claim", "Of", "Holds", "Here", "On", "By")
 _HOLDS = {True: "yes", False: "**no**"}
 _ABOUT = (
     "What the paper says, measured again. Each experiment is a command; its numbers, options and seeds are in the file "
-    "that is named beside it. Claims are the paper's unless they say that the check is ours. Networks and data are not "
-    "the paper's where it says so: then only the direction of a finding can be compared, not its size."
+    "that is named beside it. Claims are the paper's unless they say that the check is ours, or are beyond the paper. "
+    "Networks and data are not the paper's where it says so: then only the direction of a finding can be compared, not "
+    "its size."
 )
 
 

@@ -26,17 +26,20 @@ class Scores:
     confidence: Mapping[str, NDArray[np.float32]]  # criterion -> [G, N]; -inf where it is not finite
     predictions: NDArray[np.int64]  # [G + 1, N]; the last row is the network's
     targets: NDArray[np.int64]  # [N]
+    network_scores: NDArray[np.float32]  # [N]; the network's largest logit
 
     @classmethod
     def joined(cls, parts: Sequence[Scores]) -> Scores:
         """The samples of all parts, one part behind the other."""
         confidence = {name: np.concatenate([part.confidence[name] for part in parts], 1) for name in CRITERIA}
         predictions = np.concatenate([part.predictions for part in parts], 1)
-        return cls(confidence, predictions, np.concatenate([part.targets for part in parts]))
+        targets = np.concatenate([part.targets for part in parts])
+        return cls(confidence, predictions, targets, np.concatenate([part.network_scores for part in parts]))
 
     def trace(self, rows: NDArray[np.int64], criterion: str = "margin") -> Trace:
         """A trace of some samples, whose "margins" are the confidence by ``criterion``."""
-        return Trace(self.confidence[criterion][:, rows], self.predictions[:, rows], self.targets[rows])
+        margins, network_scores = self.confidence[criterion][:, rows], self.network_scores[rows]
+        return Trace(margins, self.predictions[:, rows], self.targets[rows], network_scores)
 
 
 @torch.no_grad()
@@ -57,7 +60,8 @@ def scores_of(
         best = distances.topk(min(2, distances.shape[1])).values
         confidence[TOP2].append(best[:, 0] - best[:, -1])
         predictions.append(label)
-    predictions.append(margin_and_label(logits)[1])
+    network_scores, label = margin_and_label(logits)
+    predictions.append(label)
     return Scores(
         {
             name: np.nan_to_num(torch.stack(values).numpy(), nan=-np.inf, posinf=-np.inf, neginf=-np.inf)
@@ -65,4 +69,5 @@ def scores_of(
         },
         torch.stack(predictions).numpy(),
         labels.numpy().copy(),
+        network_scores.numpy(),
     )

@@ -22,6 +22,7 @@ from dgate_rt import backbones, data, pretrain
 from dgate_rt.backbones import BackboneMeta
 from dgate_rt.cli.console import whole_file
 from dgate_rt.cli.files import Network, open_data, open_network
+from dgate_rt.corruptions import corrupt_test
 from dgate_rt.cost import Costs, measure_costs
 from dgate_rt.data import DataBundle
 from dgate_rt.experiments.resampling import bootstrap, split_anew
@@ -201,15 +202,26 @@ class Workbench:
         """Of the network, cut where the paper cuts it."""
         return self.staged(self.cuts).fingerprint()
 
-    def features(self, part: str, pool: str = "avg", cuts: Sequence[str] | None = None) -> Features:
+    def features(
+        self,
+        part: str,
+        pool: str = "avg",
+        cuts: Sequence[str] | None = None,
+        corruption: tuple[str, int] | None = None,  # kind and severity, of the test split
+    ) -> Features:
         """Pooled features of a split at every cut, in the order of the split, and behind them the network's logits.
 
         Raises:
-            ValueError: if a sample outside of the training split has a feature that is not finite.
+            TypeError, ValueError: as `corrupt_test` does.
+            ValueError: if a sample outside of the training split has a feature that is not finite, or another split
+                than that of the tests is to be corrupted.
         """
+        if corruption and part != "test":
+            raise ValueError(f"corruption: only split 'test' is corrupted, got {part!r}")
         cuts = tuple(cuts or self.cuts)
         key = {"fingerprint": self.fingerprint, "cuts": cuts, "pool": pool, "split": part, "batch": _FEATURE_BATCH}
         key |= {name: self.settings[name] for name in ("data", "samples", "image_size", "data_seed")}
+        key |= {"corruption": corruption} if corruption else {}  # clean features have the keys they always had
         identity: dict[str, object] = {"fingerprint": self.fingerprint, "cuts": [*cuts, LOGITS], "pool": pool}
         folder = self.folder / "features" / f"{part}-{digest(key)}"
 
@@ -217,7 +229,8 @@ class Workbench:
             """Run the network; as many samples as there are, and all of them in the cache."""
             cut = self.staged(cuts)
             answering = StagedModel([*cut.stages, nn.Identity()], [*cut.cuts, LOGITS], [*cut.nhwc, False])
-            loader = self.bundle.loader(part, _FEATURE_BATCH, workers=self.workers)
+            bundle = corrupt_test(self.bundle, *corruption) if corruption else self.bundle
+            loader = bundle.loader(part, _FEATURE_BATCH, workers=self.workers)
             cache = DiskCache(folder, self.cache_gb, identity)
             try:
                 found = collect(
@@ -288,14 +301,20 @@ class Workbench:
 
     def scores(self, specs: Sequence[GateSpec], cuts: Sequence[str] | None = None) -> Scores:
         """What every gate and the network say about the validation samples and, behind them, the test samples."""
+        return Scores.joined([self.scores_on(part, specs, cuts) for part in ("val", "test")])
+
+    def scores_on(
+        self,
+        part: str,
+        specs: Sequence[GateSpec],
+        cuts: Sequence[str] | None = None,
+        corruption: tuple[str, int] | None = None,  # see `features`
+    ) -> Scores:
+        """What every gate and the network say about the samples of one split."""
         cuts = tuple(cuts or self.cuts)
-        gates = self.gates(specs, cuts)
-        parts = []
-        for part in ("val", "test"):
-            found = [self.features(part, spec.pool, cuts) for spec in specs]
-            pooled = [f.gates[cuts.index(spec.cut)] for f, spec in zip(found, specs, strict=True)]
-            parts.append(scores_of(gates, pooled, found[0].gates[-1], found[0].labels))
-        return Scores.joined(parts)
+        found = [self.features(part, spec.pool, cuts, corruption) for spec in specs]
+        pooled = [f.gates[cuts.index(spec.cut)] for f, spec in zip(found, specs, strict=True)]
+        return scores_of(self.gates(specs, cuts), pooled, found[0].gates[-1], found[0].labels)
 
     def costs(self, specs: Sequence[GateSpec], cuts: Sequence[str] | None = None) -> Costs:
         """FLOPs of every stage and gate."""
