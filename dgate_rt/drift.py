@@ -12,8 +12,8 @@ the reports on samples like the validation samples is a false alarm, however man
 Both take the samples for independent of each other. Frames of one film are not, nor are many views of one object; and
 who asks again and again while samples pile up takes a new chance of a false alarm each time.
 
-Neither sees a gate that is as sure as before and wrong. On blurred images of cluttered MNIST ten points of accuracy were
-lost with hardly an alarm, because as many samples left with scores as high (``dgate experiment drift``).
+Neither sees a gate that is as sure as before and wrong. On blurred images of cluttered MNIST ten points of accuracy
+were lost with hardly an alarm, because as many samples left with scores as high (``dgate experiment drift``).
 """
 
 from __future__ import annotations
