@@ -357,3 +357,10 @@ def test_verdicts_on_static_networks_fall_either_way(ahead, holds):
     (said,) = static._claims({"rows": rows})
     assert said["holds"] == holds
     assert ("no thresholds cost as little as 50.0%" in said["seen"]) == (None in ahead)
+    assert said["seen"].count("of the FLOPs") == len(set(ahead))
+
+
+def test_points_with_one_static_network_are_said_once():
+    row = {"static": {"cost": 0.5, "accuracy": 0.9}, "equal": {"accuracy": 0.8}, "ahead": -0.1, "error": 0.01}
+    (said,) = static._claims({"rows": [row, row]})
+    assert said["seen"].count("static 90.00%") == 1
