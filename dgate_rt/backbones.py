@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -30,11 +31,11 @@ _FORMAT = "dgate_rt.backbone"
 _VERSION = "1"
 
 
-def _scaled(channels: int, width: float) -> int:
-    """``channels * width`` to the nearest multiple of 8, at least 8; the full width is exact."""
+def _scaled(channels: int, width: float, multiple: int) -> int:
+    """``channels * width`` to the nearest multiple, at least one; the full width is exact."""
     if width == 1:
         return channels
-    return max(_CHANNEL_MULTIPLE, int(channels * width / _CHANNEL_MULTIPLE + 0.5) * _CHANNEL_MULTIPLE)
+    return max(1, int(channels * width / multiple + 0.5)) * multiple
 
 
 class CifarResNet(nn.Module):
@@ -46,6 +47,7 @@ class CifarResNet(nn.Module):
         num_classes: see `build`.
         width: see `build`.
         in_channels: see `build`.
+        multiple: see `build`.
     """
 
     layer1: nn.Sequential
@@ -61,9 +63,10 @@ class CifarResNet(nn.Module):
         num_classes: int,
         width: float,
         in_channels: int,
+        multiple: int = _CHANNEL_MULTIPLE,
     ) -> None:
         super().__init__()
-        channels = base = _scaled(64, width)
+        channels = base = _scaled(64, width, multiple)
         self.conv1 = nn.Conv2d(in_channels, base, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(base)
         self.relu = nn.ReLU(inplace=True)
@@ -100,10 +103,11 @@ def _densenet(
     num_classes: int,
     width: float,
     in_channels: int,
+    multiple: int,
 ) -> nn.Module:
     """torchvision's DenseNet (Huang et al. 2017) with its stem replaced by a 3x3 layer of stride 1."""
-    stem = _scaled(stem, width)
-    model = DenseNet(_scaled(growth, width), depths, stem, num_classes=num_classes)
+    stem = _scaled(stem, width, multiple)
+    model = DenseNet(_scaled(growth, width, multiple), depths, stem, num_classes=num_classes)
     model.features.conv0 = nn.Conv2d(in_channels, stem, 3, padding=1, bias=False)
     nn.init.kaiming_normal_(model.features.conv0.weight)
     del model.features.pool0
@@ -135,25 +139,33 @@ def _check_name(name: str) -> None:
         raise ValueError(f"name: no backbone {name!r}; near names: {', '.join(near)}")
 
 
-def build(name: str, *, num_classes: int = 10, width: float = 1.0, in_channels: int = 3) -> nn.Module:
+def build(
+    name: str,
+    *,
+    num_classes: int = 10,
+    width: float = 1.0,
+    in_channels: int = 3,
+    multiple: int = _CHANNEL_MULTIPLE,
+) -> nn.Module:
     """A freshly initialised backbone in its CIFAR form.
 
     Args:
         name: one of `names`. ``resnet26`` has three basic blocks a layer, for small machines.
         num_classes: outputs of the classifier, K.
-        width: factor on every channel count; the counts are rounded to multiples of 8, at least 8.
+        width: factor on every channel count.
         in_channels: channels of the image.
+        multiple: channel counts are rounded to multiples of this, at least one; what a width other than 1 leaves.
 
     Raises:
         ValueError: if the name is unknown (near names are listed) or a number is not positive.
     """
     _check_name(name)
-    if num_classes < 1 or in_channels < 1 or not width > 0:
+    if num_classes < 1 or in_channels < 1 or multiple < 1 or not width > 0:
         raise ValueError(
-            "num_classes, in_channels and width must be positive, "
-            f"got num_classes={num_classes}, in_channels={in_channels}, width={width}"
+            "num_classes, in_channels, multiple and width must be positive, "
+            f"got num_classes={num_classes}, in_channels={in_channels}, multiple={multiple}, width={width}"
         )
-    return _BUILDERS[name](num_classes=num_classes, width=width, in_channels=in_channels)
+    return _BUILDERS[name](num_classes=num_classes, width=width, in_channels=in_channels, multiple=multiple)
 
 
 def default_cuts(name: str) -> tuple[str, ...]:
@@ -162,6 +174,14 @@ def default_cuts(name: str) -> tuple[str, ...]:
     if name.startswith("resnet"):
         return ("layer1", "layer2", "layer3")
     return ("features.denseblock1", "features.denseblock2", "features.denseblock3")
+
+
+def block_cuts(name: str) -> tuple[str, ...]:
+    """Every place where a gate could be: after each residual block, or dense block and transition, but the last."""
+    with torch.device("meta"):
+        model = build(name)
+    block = r"layer\d\.\d+" if name.startswith("resnet") else r"features\.(denseblock|transition)\d"
+    return tuple(child for child, _ in model.named_modules() if re.fullmatch(block, child))[:-1]
 
 
 def stage_flops(name: str, image_size: int = 32, num_classes: int = 10) -> list[int]:

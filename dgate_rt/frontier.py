@@ -11,6 +11,7 @@ frontier, so around a target the result is never worse than the sequential one.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -247,7 +248,7 @@ class _Search:
         if self.gate_count < 2:
             return
         sizes = [len(grid.values) + 1 for grid in self.fine]
-        if np.prod(sizes[:-1]) <= _EXHAUSTIVE_SCANS:
+        if math.prod(sizes[:-1]) <= _EXHAUSTIVE_SCANS:  # as Python counts: from seven gates on int64 overflows
             for head in itertools.product(*([np.inf, *grid.values] for grid in self.fine[:-1])):
                 self.visit(self.gate_count - 1, (*map(float, head), np.inf), needed)
             return

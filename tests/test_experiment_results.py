@@ -16,7 +16,21 @@ from test_experiments import TINY, TRAINING, Fuse, Interrupted
 
 pytest.importorskip("matplotlib")
 
-from dgate_rt.experiments import classes, drift, guarantee, joint, losses, page, points, record, surfaces
+from dgate_rt.experiments import (
+    classes,
+    curves,
+    depths,
+    drift,
+    guarantee,
+    joint,
+    losses,
+    page,
+    points,
+    pools,
+    record,
+    static,
+    surfaces,
+)
 from dgate_rt.experiments.experiment import NAMES, find
 from dgate_rt.experiments.workbench import Workbench
 
@@ -28,6 +42,9 @@ OPTIONS = {
     "joint": joint.Options(seeds=3, gates=2, drops=(0.0, 0.02, 0.1), judged=0.02),
     "guarantee": guarantee.Options(calibrations=4, samples=300, gates=2, drops=(0.02, 0.05)),
     "drift": drift.Options(gates=2, windows=7, window=100),
+    "depths": depths.Options(drop=0.02, seeds=3, subsets=21),
+    "pools": pools.Options(gates=2, budgets=5, widest=1024),
+    "static": static.Options(gates=2, drops=(0.05,)),
 }
 
 
@@ -54,8 +71,9 @@ def test_every_experiment_is_covered():
 
 
 def test_a_seed_decides_every_bit(records, bench, tmp_path):
-    """In a fresh folder; but for what is measured."""
-    again = Workbench(tmp_path, network=bench.folder / "network.safetensors", progress=False)
+    """In a fresh folder that has the network; but for what is measured."""
+    shutil.copy(bench.folder / "network.safetensors", tmp_path)
+    again = Workbench(tmp_path, training=bench.training, **TINY)
     for name, options in OPTIONS.items():
         fresh = record.run(find(name), again, options, ["dgate", name])["result"]
         expected = copy.deepcopy(records[name]["result"])
@@ -95,8 +113,8 @@ def test_losses_compare_on_one_grid(records):
 
 def test_interrupted_losses_go_on(bench, tmp_path, monkeypatch, records):
     again = Workbench(tmp_path, network=bench.folder / "network.safetensors", progress=False)
-    fuse = Fuse(losses.search_frontier, 5)
-    monkeypatch.setattr(losses, "search_frontier", fuse)
+    fuse = Fuse(curves.search_frontier, 5)
+    monkeypatch.setattr(curves, "search_frontier", fuse)
     with pytest.raises(Interrupted):
         record.run(find("losses"), again, OPTIONS["losses"], ["dgate"])
     assert not (tmp_path / "losses.json").exists()
@@ -195,7 +213,7 @@ def test_report_of_a_folder_is_one_page(records, bench, tmp_path):
     shown = dgate("report", bench.folder, "-o", tmp_path / "page.html", "--json")
     assert len(json.loads(shown.stdout)["records"]) == len(records)
     text = (tmp_path / "page.html").read_text()
-    assert text.count("<svg") == 2 + 2 + 1 + 1 + 1 + 1 + 2
+    assert text.count("<svg") == 2 + 2 + 1 + 1 + 1 + 1 + 2 + 1 + 1 + 1
     assert text.count("data:image/png") >= 3
     assert not any(loads in text for loads in ('src="http', 'href="http', "<script"))
 

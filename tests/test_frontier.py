@@ -65,6 +65,17 @@ def test_the_joint_search_is_optimal_on_tiny_cases(monkeypatch, gates, drop, sca
         assert found.cost == pytest.approx(brute_force(trace, costs, target))
 
 
+def test_many_gates_are_searched_in_pairs(monkeypatch):
+    """256 ** 8 is 0 in int64: more combinations than anyone can try are not none."""
+    trace, gates = make_trace(255, seed=0, gates=9), 9
+    costs = Costs("FLOPs", (1.0,) * (gates + 1), (0.01,) * gates)
+    assert [len(grid.values) for grid in _Search(trace, costs).fine] == [255] * gates
+    monkeypatch.setattr(itertools, "product", lambda *_: pytest.fail("tried all combinations"))
+    target = trace.network_accuracy - 0.02
+    found = search_frontier(trace, costs, min_accuracy=target).cheapest(target)
+    assert found.cost <= sequential(trace, costs, target).cost < costs.dense
+
+
 @pytest.mark.parametrize("drop", [0.0, 0.02, 0.2])
 def test_joint_is_never_dearer_than_sequential(drop):
     for seed in range(5):

@@ -81,7 +81,8 @@ def experiment(
     from dgate_rt.cli.files import device_of
     from dgate_rt.experiments import page, record
     from dgate_rt.experiments.experiment import NAMES, find
-    from dgate_rt.experiments.workbench import Training, Workbench
+    from dgate_rt.experiments.training import Training
+    from dgate_rt.experiments.workbench import Workbench
 
     if not name:
         _list([find(known) for known in NAMES])

@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike
 
 from dgate_rt.experiments.workbench import Workbench
 
-NAMES = ("losses", "surfaces", "points", "classes", "joint", "guarantee", "drift")
+NAMES = ("losses", "surfaces", "points", "classes", "joint", "guarantee", "drift", "depths", "pools", "static")
 """The modules of this package that hold an experiment: the paper's in its order, then those beyond it."""
 BEYOND = "beyond the paper"
 """The source of an experiment that the paper has not."""

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dgate_rt.cost import Costs
-from dgate_rt.errors import UnreachableTargetError
+from dgate_rt.experiments import curves
 from dgate_rt.experiments.experiment import Experiment, Result, Table, claim, spread
 from dgate_rt.experiments.plots import Band, bands_figure
 from dgate_rt.experiments.scores import CRITERIA
 from dgate_rt.experiments.workbench import GateSpec, Workbench
-from dgate_rt.frontier import search_frontier
 from dgate_rt.train import LOSSES
 
 OURS, THEIRS = "hinge, margin", "cross-entropy, softmax"
@@ -42,60 +40,27 @@ def run(bench: Workbench, options: Options) -> Result:
         bench.features(part)
     for seed, loss, criterion in bench.track(jobs, "gates of each loss and seed, by each criterion"):
         specs = [GateSpec(cut, loss, resample=seed) for cut in cuts]
-        curve = _curve(bench, specs, costs, criterion, seed, options.budgets)
+        curve = curves.of_seed(bench, specs, costs, seed, options.budgets, criterion)
         found.setdefault(f"{_SAID[loss]}, {criterion}", []).append(curve)
     return {"cuts": cuts, "gflops": costs.dense / 1e9, **_compared(found)}
 
 
-def _curve(bench: Workbench, specs: list[GateSpec], costs: Costs, criterion: str, seed: int, budgets: int) -> Result:
-    """Cost and accuracy on the test samples of a seed, for thresholds along the frontier of its validation samples."""
-
-    def measure() -> Result:
-        val, test = bench.held_out(seed)
-        scores = bench.scores(specs)
-        frontier = search_frontier(scores.trace(val, criterion), costs)
-        trace = scores.trace(test, criterion)
-        reached = []
-        for budget in np.linspace(0, 1, budgets):
-            try:
-                point = frontier.most_accurate(budget * costs.dense)
-            except UnreachableTargetError:
-                point = frontier.points[0]
-            replay = trace.replay(point.thresholds, costs)
-            reached.append((replay.cost / costs.dense, replay.accuracy))
-        alone = [float(right.mean()) for right in trace.correct[:-1]]
-        return {"points": sorted(reached), "network": trace.network_accuracy, "gates": alone}
-
-    key = {"fingerprint": bench.fingerprint, "data": bench.settings, "criterion": criterion, "seed": seed}
-    return bench.store.value("curve", {**key, "budgets": budgets, "gates": [asdict(spec) for spec in specs]}, measure)
-
-
 def _compared(found: Mapping[str, list[Result]]) -> Result:
     """All curves on one grid of FLOPs, over which each has points."""
-    least = max(curve["points"][0][0] for curves in found.values() for curve in curves)
-    grid = np.linspace(least, 1, 41)
-    lines = {name: np.array([_at(curve, grid) for curve in curves]) for name, curves in found.items()}  # [seeds, grid]
+    grid = curves.common_grid([one for seeds in found.values() for one in seeds])
+    lines = {name: np.array([curves.at(one, grid) for one in seeds]) for name, seeds in found.items()}  # [seeds, grid]
     gap = lines[OURS] - lines[THEIRS]
     network = [curve["network"] for curve in found[OURS]]
     result = {
         "network": {"accuracy": float(np.mean(network)), "seeds": network},
         "grid": grid,
-        "curves": {
-            name: {"mean": line.mean(0), "low": line.min(0), "high": line.max(0), "area": line.mean(1)}
-            for name, line in lines.items()
-        },
+        "curves": {name: curves.banded(line) for name, line in lines.items()},
         "gates_alone": {
             loss: np.mean([curve["gates"] for curve in found[f"{loss}, {CRITERIA[0]}"]], 0) for loss in _SAID.values()
         },
         "ahead": {name: lines[OURS].mean(1) - line.mean(1) for name, line in lines.items()},
     }
     return {**result, "claims": _claims(result, gap)}
-
-
-def _at(curve: Result, grid: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Accuracy at each cost; past the dearest point, whose accuracy no budget raised, it stays."""
-    cost, accuracy = np.array(curve["points"]).T
-    return np.interp(grid, cost, accuracy)
 
 
 def _claims(result: Result, gap: NDArray[np.float64]) -> list[Result]:

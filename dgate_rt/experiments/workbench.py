@@ -28,6 +28,7 @@ from dgate_rt.data import DataBundle
 from dgate_rt.experiments.resampling import bootstrap, split_anew
 from dgate_rt.experiments.scores import Scores, scores_of
 from dgate_rt.experiments.store import Store, digest
+from dgate_rt.experiments.training import Training
 from dgate_rt.features import SKIP, DiskCache, Features, collect
 from dgate_rt.frontier import Frontier, OperatingPoint
 from dgate_rt.gate import Gate, Pool
@@ -40,23 +41,6 @@ T = TypeVar("T")
 LOGITS = "logits"
 """The last cut of every feature pass: what the network itself answers."""
 _FEATURE_BATCH = 128  # part of what decides the features' last bits
-
-
-@dataclass(frozen=True)
-class Training:
-    """How a network is trained where none is given; see `pretrain.train_backbone`."""
-
-    epochs: int = 10
-    batch_size: int = 64
-    lr: float = 0.1
-    label_smoothing: float = 0.1
-    mixup: float = 0.0
-    augment: bool = True
-    seed: int = 0
-
-    def but(self, **changed: Any) -> Training:
-        """The same with those changed that are not None."""
-        return replace(self, **{name: value for name, value in changed.items() if value is not None})
 
 
 @dataclass(frozen=True)
@@ -162,22 +146,9 @@ class Workbench:
             if replace(found, accuracy=None) != self.meta:
                 raise ValueError(f"folder: expected {self.meta} in {path}, got {found}; move it away")
             return model
-        how = self.training
-        assert how is not None
-        with torch.random.fork_rng([]):
-            torch.manual_seed(how.seed)
-            model = self.meta.build()
-        pretrain.train_backbone(
-            model,
-            self.bundle.loader("train", how.batch_size, shuffle=True, workers=self.workers, augment=how.augment),
-            epochs=how.epochs,
-            lr=how.lr,
-            label_smoothing=how.label_smoothing,
-            mixup=how.mixup,
-            seed=how.seed,
-            device=self.device,
-            checkpoint=checkpoint,
-            progress=self.progress,
+        assert self.training is not None
+        model = self.training.train(
+            self.meta.build, self.bundle, checkpoint, device=self.device, workers=self.workers, progress=self.progress
         )
         test = self.bundle.loader("test", _FEATURE_BATCH, workers=self.workers)
         accuracy = pretrain.evaluate(model, test, device=self.device)
