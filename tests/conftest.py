@@ -6,6 +6,9 @@ import gc
 import os
 import random
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hypothesis
 import numpy as np
@@ -15,6 +18,9 @@ from torch import Tensor, nn
 
 from dgate_rt.gate import Gate
 from dgate_rt.graphs import DriverCounts, driver_counts, reset_simulation
+
+if TYPE_CHECKING:
+    from dgate_rt.experiments.workbench import Workbench
 
 CLASSES = 5
 
@@ -74,6 +80,33 @@ def threads() -> Iterator[Callable[[int], None]]:
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """For networks too small to share out; on a busy machine the threads would wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def bench(one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> Workbench:
+    """A tiny network on digits, trained for a few epochs, and a folder for what experiments make of it."""
+    from test_experiments import TINY, TRAINING
+
+    from dgate_rt.experiments.workbench import Workbench
+
+    return Workbench(tmp_path_factory.mktemp("bench"), training=replace(TRAINING, epochs=3), **TINY)
+
+
+@pytest.fixture
+def again(bench: Workbench, tmp_path: Path) -> Workbench:
+    """The same network in a folder that keeps nothing yet."""
+    from dgate_rt.experiments.workbench import Workbench
+
+    return Workbench(tmp_path, network=bench.folder / "network.safetensors", progress=False)
 
 
 @pytest.fixture

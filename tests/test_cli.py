@@ -40,13 +40,7 @@ def refused(*arguments: object) -> str:
     return result.stderr
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """The networks are too small to share out; on a busy machine the threads would wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from test_experiments import TINY, TRAINING, Fuse, Interrupted
+from test_experiments import Fuse, Interrupted
 
 pytest.importorskip("matplotlib")
 
@@ -16,7 +16,7 @@ from dgate_rt.compiling import compile
 from dgate_rt.corruptions import KINDS, SEVERITIES, corrupt_test
 from dgate_rt.drift import Reference
 from dgate_rt.experiments import drift, guarantee, joint
-from dgate_rt.experiments.workbench import GateSpec, Workbench
+from dgate_rt.experiments.workbench import GateSpec
 from dgate_rt.features import FeatureCache, collect
 from dgate_rt.frontier import operating_point, sequential
 from dgate_rt.risk import certify
@@ -27,23 +27,7 @@ GUARANTEE = guarantee.Options(calibrations=4, samples=300, gates=2, drops=(0.02,
 DRIFT = drift.Options(gates=2, windows=6, window=100)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def bench(tmp_path_factory) -> Workbench:
-    return Workbench(tmp_path_factory.mktemp("bench"), training=replace(TRAINING, epochs=3), **TINY)
-
-
-@pytest.fixture
-def again(bench, tmp_path) -> Workbench:
-    """The same network in a folder that keeps nothing yet."""
-    return Workbench(tmp_path, network=bench.folder / "network.safetensors", progress=False)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def verdicts(result) -> list[bool]:

@@ -25,28 +25,12 @@ POOLS = pools.Options(gates=2, budgets=5, widest=1024)
 STATIC = static.Options(gates=2, drops=(0.05,))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def bench(tmp_path_factory) -> Workbench:
-    return Workbench(tmp_path_factory.mktemp("bench"), training=replace(TRAINING, epochs=3), **TINY)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
 def found(bench) -> dict:
     return depths.run(bench, DEPTHS)
-
-
-@pytest.fixture
-def again(bench, tmp_path) -> Workbench:
-    """The same network in a folder that keeps nothing yet."""
-    return Workbench(tmp_path, network=bench.folder / "network.safetensors", progress=False)
 
 
 def verdicts(claims) -> list[bool]:

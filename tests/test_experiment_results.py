@@ -5,14 +5,12 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from test_cli import dgate, refused
-from test_experiments import TINY, TRAINING, Fuse, Interrupted
+from test_experiments import TINY, Fuse, Interrupted
 
 pytest.importorskip("matplotlib")
 
@@ -48,17 +46,7 @@ OPTIONS = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def bench(tmp_path_factory) -> Workbench:
-    return Workbench(tmp_path_factory.mktemp("bench"), training=replace(TRAINING, epochs=3), **TINY)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -28,12 +28,7 @@ TRAINING = Training(epochs=1, batch_size=32, lr=0.1, augment=False)
 FLAGS = ("--data", "digits", "--backbone", "resnet18", "--width", 0.125, "--image-size", 16, "--epochs", 1, "-b", 32)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make_bench(folder, **changed) -> Workbench:

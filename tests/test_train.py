@@ -21,12 +21,7 @@ from dgate_rt.train import Gates, fit, fold, loss_and_slope, moments, objective
 L2 = 1e-3  # the default
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def digits() -> tuple[Tensor, Tensor]:
