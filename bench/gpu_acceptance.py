@@ -174,7 +174,8 @@ def _timed(entries: list[_Entry], work: Work, repeats: int, simulated: bool) -> 
     ms = {e.row.engine: t.per(len(work.batches)) for e, t in zip(ready, timings, strict=True)}
     for entry in ready:
         if isinstance(entry.run, OneByOne) and isinstance(entry.run.run, Runtime) and entry.row.engine in WITHOUT_GATES:
-            entry.row = replace(entry.row, stages_ms=stages_ms(entry.run.run, work.batches[0], simulated))
+            with contextlib.suppress(torch.OutOfMemoryError):  # the row is wanted all the same
+                entry.row = replace(entry.row, stages_ms=stages_ms(entry.run.run, work.batches[0], simulated))
     dense = [ms[engine].rounds for engine in DENSE if engine in ms]
     best = Timing.of(np.min(dense, axis=0).tolist()) if dense else None
     return [_summarised(entry.row, ms, best, work) for entry in entries]

@@ -247,6 +247,17 @@ def test_without_memory_for_all_the_last_engine_goes(monkeypatch: pytest.MonkeyP
     assert {(row.status, row.note) for row in by_engine().values()} == {("skipped", "out of memory")}
 
 
+@needs_extension
+@pytest.mark.usefixtures("tiny")
+def test_a_row_is_kept_where_its_stages_alone_need_too_much_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_memory(*_: object) -> float:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(gpu_acceptance, "stages_ms", no_memory)
+    graph = by_engine()["graph"]
+    assert (graph.status, graph.stages_ms, graph.time_realisation) == ("measured", None, None)
+
+
 def row(**values: Any) -> Row:
     return Row(**{"network": "net", "batch_size": 256, "mix": MIXED, "engine": "graph", **values})
 

@@ -7,7 +7,8 @@ again.
 
 With early answers every segment also copies the answers so far to pinned memory on the host.
 
-``device="cpu-sim"`` runs it, control flow included, on the recording driver. On CUDA it has run but for early answers.
+``device="cpu-sim"`` runs it, control flow included, on the recording driver. On CUDA full batches have run, without
+early answers.
 """
 
 from __future__ import annotations
