@@ -1,7 +1,8 @@
-"""CIFAR forms of torchvision's ResNet and DenseNet families, at any width, and their files.
+"""CIFAR forms of torchvision's ResNet and DenseNet families, at any width, EfficientNet-Lite0, and their files.
 
 The CIFAR form has a 3x3 stem of stride 1 and no max-pool, so a 32x32 image keeps its size up to the second block (the
-networks of the paper's Tables 1 and 2). Submodules are named as torchvision names them.
+networks of the paper's Tables 1 and 2). Submodules are named as torchvision names them. EfficientNet-Lite0 is timm's;
+its weights come with a package, see `transfer`.
 """
 
 from __future__ import annotations
@@ -114,29 +115,56 @@ def _densenet(
     return model
 
 
-_BUILDERS: dict[str, Callable[..., nn.Module]] = {
-    "resnet18": partial(CifarResNet, BasicBlock, (2, 2, 2, 2)),
-    "resnet26": partial(CifarResNet, BasicBlock, (3, 3, 3, 3)),
-    "resnet34": partial(CifarResNet, BasicBlock, (3, 4, 6, 3)),
-    "resnet50": partial(CifarResNet, Bottleneck, (3, 4, 6, 3)),
-    "resnet101": partial(CifarResNet, Bottleneck, (3, 4, 23, 3)),
-    "resnet152": partial(CifarResNet, Bottleneck, (3, 8, 36, 3)),
-    "densenet121": partial(_densenet, 32, (6, 12, 24, 16), 64),
-    "densenet161": partial(_densenet, 48, (6, 12, 36, 24), 96),
-    "densenet169": partial(_densenet, 32, (6, 12, 32, 32), 64),
-    "densenet201": partial(_densenet, 32, (6, 12, 48, 32), 64),
+def _efficientnet_lite0(*, num_classes: int, width: float, in_channels: int, multiple: int) -> nn.Module:
+    """timm's port of TensorFlow's network, in the form that its weights are for."""
+    if width != 1:
+        raise ValueError(f"width: efficientnet_lite0 has the width of its weights, 1, got {width:g}")
+    from timm import create_model
+
+    return create_model("tf_efficientnet_lite0", num_classes=num_classes, in_chans=in_channels)
+
+
+@dataclass(frozen=True)
+class _Family:
+    """Where networks of one kind can be cut."""
+
+    ends: tuple[str, ...]  # of each main block but the last
+    blocks: str  # a pattern of everything that a gate could follow
+    image_size: int = 32  # of the images that it is made for
+
+
+_RESNET = _Family(("layer1", "layer2", "layer3"), r"layer\d\.\d+")
+_DENSENET = _Family(
+    ("features.denseblock1", "features.denseblock2", "features.denseblock3"),
+    r"features\.(denseblock|transition)\d",
+)
+_EFFICIENTNET = _Family(("blocks.1", "blocks.2", "blocks.4"), r"blocks\.\d\.\d", 224)  # the last of each resolution
+
+_BACKBONES: dict[str, tuple[_Family, Callable[..., nn.Module]]] = {
+    "resnet18": (_RESNET, partial(CifarResNet, BasicBlock, (2, 2, 2, 2))),
+    "resnet26": (_RESNET, partial(CifarResNet, BasicBlock, (3, 3, 3, 3))),
+    "resnet34": (_RESNET, partial(CifarResNet, BasicBlock, (3, 4, 6, 3))),
+    "resnet50": (_RESNET, partial(CifarResNet, Bottleneck, (3, 4, 6, 3))),
+    "resnet101": (_RESNET, partial(CifarResNet, Bottleneck, (3, 4, 23, 3))),
+    "resnet152": (_RESNET, partial(CifarResNet, Bottleneck, (3, 8, 36, 3))),
+    "densenet121": (_DENSENET, partial(_densenet, 32, (6, 12, 24, 16), 64)),
+    "densenet161": (_DENSENET, partial(_densenet, 48, (6, 12, 36, 24), 96)),
+    "densenet169": (_DENSENET, partial(_densenet, 32, (6, 12, 32, 32), 64)),
+    "densenet201": (_DENSENET, partial(_densenet, 32, (6, 12, 48, 32), 64)),
+    "efficientnet_lite0": (_EFFICIENTNET, _efficientnet_lite0),
 }
 
 
 def names() -> list[str]:
     """The names that `build` takes."""
-    return list(_BUILDERS)
+    return list(_BACKBONES)
 
 
-def _check_name(name: str) -> None:
-    if name not in _BUILDERS:
-        near = difflib.get_close_matches(name, _BUILDERS, n=3) or names()
+def _find(name: str) -> tuple[_Family, Callable[..., nn.Module]]:
+    if name not in _BACKBONES:
+        near = difflib.get_close_matches(name, _BACKBONES, n=3) or names()
         raise ValueError(f"name: no backbone {name!r}; near names: {', '.join(near)}")
+    return _BACKBONES[name]
 
 
 def build(
@@ -147,47 +175,50 @@ def build(
     in_channels: int = 3,
     multiple: int = _CHANNEL_MULTIPLE,
 ) -> nn.Module:
-    """A freshly initialised backbone in its CIFAR form.
+    """A freshly initialised backbone.
 
     Args:
         name: one of `names`. ``resnet26`` has three basic blocks a layer, for small machines.
         num_classes: outputs of the classifier, K.
-        width: factor on every channel count.
+        width: factor on every channel count; 1 for ``efficientnet_lite0``.
         in_channels: channels of the image.
         multiple: channel counts are rounded to multiples of this, at least one; what a width other than 1 leaves.
 
     Raises:
         ValueError: if the name is unknown (near names are listed) or a number is not positive.
     """
-    _check_name(name)
+    _, builder = _find(name)
     if num_classes < 1 or in_channels < 1 or multiple < 1 or not width > 0:
         raise ValueError(
             "num_classes, in_channels, multiple and width must be positive, "
             f"got num_classes={num_classes}, in_channels={in_channels}, multiple={multiple}, width={width}"
         )
-    return _BUILDERS[name](num_classes=num_classes, width=width, in_channels=in_channels, multiple=multiple)
+    return builder(num_classes=num_classes, width=width, in_channels=in_channels, multiple=multiple)
 
 
 def default_cuts(name: str) -> tuple[str, ...]:
     """Where the paper puts its gates: after each main block but the last."""
-    _check_name(name)
-    if name.startswith("resnet"):
-        return ("layer1", "layer2", "layer3")
-    return ("features.denseblock1", "features.denseblock2", "features.denseblock3")
+    return _find(name)[0].ends
 
 
 def block_cuts(name: str) -> tuple[str, ...]:
     """Every place where a gate could be: after each residual block, or dense block and transition, but the last."""
+    blocks = _find(name)[0].blocks
     with torch.device("meta"):
         model = build(name)
-    block = r"layer\d\.\d+" if name.startswith("resnet") else r"features\.(denseblock|transition)\d"
-    return tuple(child for child, _ in model.named_modules() if re.fullmatch(block, child))[:-1]
+    return tuple(child for child, _ in model.named_modules() if re.fullmatch(blocks, child))[:-1]
 
 
-def stage_flops(name: str, image_size: int = 32, num_classes: int = 10) -> list[int]:
-    """FLOPs a sample up to each of the default cuts, and of the rest, at full width; nothing is computed."""
+def image_size(name: str) -> int:
+    """Pixels a side of the images that the network is made for."""
+    return _find(name)[0].image_size
+
+
+def stage_flops(name: str, num_classes: int = 10) -> list[int]:
+    """FLOPs a sample up to each of the default cuts, and of the rest, for `image_size`; nothing is computed."""
+    size = image_size(name)
     with torch.device("meta"):
-        model, example = build(name, num_classes=num_classes).eval(), torch.empty(1, 3, image_size, image_size)
+        model, example = build(name, num_classes=num_classes).eval(), torch.empty(1, 3, size, size)
     so_far = [0]
     with torch.no_grad(), count_flops() as counter:
         for cut in default_cuts(name):
@@ -210,6 +241,7 @@ class BackboneMeta:
     classes: tuple[str, ...] = ()  # their names
     stats: Stats = ((), ())  # mean and deviation of each channel, by which images are normalised
     accuracy: float | None = None  # on the test split
+    origin: str = ""  # the command that made it
 
     def __post_init__(self) -> None:
         mean, std = self.stats

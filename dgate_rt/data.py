@@ -25,6 +25,8 @@ _SHARES = (0.60, 0.15, 0.25)
 _EVAL_RENDERINGS = 4
 _VAL_SHARE = 0.10
 _CROP_PADDING = 4
+_DIGITS_STATS = ((0.305,), (0.376,))
+_MNIST_STATS = ((0.1307,), (0.3081,))
 _CLUTTERED_STATS = ((0.139,), (0.265,))
 _CIFAR_STATS = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
 _IMAGENET_STATS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -135,6 +137,7 @@ def load(
     seed: int = 0,
     renderings: int = 8,
     download: bool = False,
+    stats: Stats | None = None,
 ) -> DataBundle:
     """Load a set of labelled images by name.
 
@@ -148,16 +151,21 @@ def load(
         seed: of the split and of the clutter.
         renderings: images made from each training digit; cluttered-mnist only.
         download: fetch CIFAR into ``root`` where it is missing.
+        stats: normalise by these, as some network wants it, rather than by those of the set; one mean and deviation
+            for all channels, or one for each.
 
     Raises:
-        ValueError: if the name is unknown, or files are missing under ``root``; the message says what exists.
+        ValueError: if the name is unknown, ``stats`` are of another number of channels, or files are missing under
+            ``root``; the message says what exists.
     """
     if name not in _LOADERS:
         near = difflib.get_close_matches(name, _LOADERS, n=3) or names()
         raise ValueError(f"name: no data set {name!r}; near names: {', '.join(near)}")
     if image_size is not None and image_size < 1:
         raise ValueError(f"image_size: expected at least 1, got {image_size}")
-    return _LOADERS[name](root=root, image_size=image_size, seed=seed, renderings=renderings, download=download)
+    return _LOADERS[name](
+        root=root, image_size=image_size, seed=seed, renderings=renderings, download=download, stats=stats
+    )
 
 
 def names() -> list[str]:
@@ -196,6 +204,8 @@ def _bundle(
     difficulty: Mapping[str, Tensor] | None = None,
     sources: Mapping[str, Tensor] | None = None,
 ) -> DataBundle:
+    stats = _for_channels(stats, 1 if images["train"].ndim == 3 else images["train"].shape[3])
+
     def dataset(split: str) -> ArrayDataset:
         pixels = torch.from_numpy(images[split])
         pixels = pixels[:, None] if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2).contiguous()
@@ -217,6 +227,14 @@ def _bundle(
     )
 
 
+def _for_channels(stats: Stats, channels: int) -> Stats:
+    """One value serves all channels."""
+    mean, deviation = (values * channels if len(values) == 1 else values for values in stats)
+    if not len(mean) == len(deviation) == channels:
+        raise ValueError(f"stats: expected means and deviations of 1 or {channels} channels, got {stats}")
+    return mean, deviation
+
+
 _TEN = tuple("0123456789")
 
 
@@ -228,12 +246,12 @@ def _grey(
     return _bundle(name, images, {split: labels[rows] for split, rows in parts.items()}, _TEN, stats, image_size)
 
 
-def _digits(*, image_size: int | None, seed: int, **_: object) -> DataBundle:
+def _digits(*, image_size: int | None, seed: int, stats: Stats | None, **_: object) -> DataBundle:
     from sklearn.datasets import load_digits
 
     raw = load_digits()
     pixels = np.rint(raw.images * (255 / 16)).astype(np.uint8)
-    return _grey("digits", pixels, raw.target, ((0.305,), (0.376,)), image_size, seed)
+    return _grey("digits", pixels, raw.target, stats or _DIGITS_STATS, image_size, seed)
 
 
 def _mnist_sample() -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
@@ -245,11 +263,13 @@ def _mnist_sample() -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     return pixels.reshape(-1, 28, 28).astype(np.uint8), labels.astype(np.int64)
 
 
-def _mnist(*, image_size: int | None, seed: int, **_: object) -> DataBundle:
-    return _grey("mnist", *_mnist_sample(), ((0.1307,), (0.3081,)), image_size, seed)
+def _mnist(*, image_size: int | None, seed: int, stats: Stats | None, **_: object) -> DataBundle:
+    return _grey("mnist", *_mnist_sample(), stats or _MNIST_STATS, image_size, seed)
 
 
-def _cluttered_mnist(*, image_size: int | None, seed: int, renderings: int, **_: object) -> DataBundle:
+def _cluttered_mnist(
+    *, image_size: int | None, seed: int, renderings: int, stats: Stats | None, **_: object
+) -> DataBundle:
     pixels, labels = _mnist_sample()
     made: dict[str, clutter.Rendering] = {}
     sources: dict[str, Tensor] = {}
@@ -262,7 +282,7 @@ def _cluttered_mnist(*, image_size: int | None, seed: int, renderings: int, **_:
         {split: rendering.images for split, rendering in made.items()},
         {split: rendering.labels for split, rendering in made.items()},
         _TEN,
-        _CLUTTERED_STATS,
+        stats or _CLUTTERED_STATS,
         image_size,
         difficulty={split: torch.from_numpy(rendering.difficulty) for split, rendering in made.items()},
         sources=sources,
@@ -282,7 +302,15 @@ def _required_root(root: str | Path | None, name: str, wants: str) -> Path:
 
 
 def _cifar(
-    name: str, folder: str, *, root: str | Path | None, image_size: int | None, seed: int, download: bool, **_: object
+    name: str,
+    folder: str,
+    *,
+    root: str | Path | None,
+    image_size: int | None,
+    seed: int,
+    download: bool,
+    stats: Stats | None,
+    **_: object,
 ) -> DataBundle:
     from torchvision import datasets
 
@@ -307,18 +335,20 @@ def _cifar(
         {"train": full.data[train_rows], "val": full.data[val_rows], "test": test.data},
         {"train": labels[train_rows], "val": labels[val_rows], "test": np.asarray(test.targets)},
         tuple(full.classes),
-        _CIFAR_STATS,
+        stats or _CIFAR_STATS,
         image_size,
         flip=True,
     )
 
 
-def _folder(*, root: str | Path | None, image_size: int | None, seed: int, **_: object) -> DataBundle:
+def _folder(
+    *, root: str | Path | None, image_size: int | None, seed: int, stats: Stats | None, **_: object
+) -> DataBundle:
     from torchvision import datasets, transforms
 
-    size = image_size or 224
+    size, stats = image_size or 224, _for_channels(stats or _IMAGENET_STATS, 3)
     path = _required_root(root, "folder", "train and val, each with a folder of images a class")
-    finish = [transforms.ToTensor(), transforms.Normalize(*_IMAGENET_STATS)]
+    finish = [transforms.ToTensor(), transforms.Normalize(*stats)]
     plain = transforms.Compose([transforms.Resize(round(size * 256 / 224)), transforms.CenterCrop(size), *finish])
     random = transforms.Compose([transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip(), *finish])
 
@@ -331,9 +361,7 @@ def _folder(*, root: str | Path | None, image_size: int | None, seed: int, **_: 
             raise ValueError(f"root: cannot read images from {path / split}: {error}") from error
 
     train, augmented, val = read("train", plain), read("train", random), read("val", plain)
-    bundle = partial(
-        DataBundle, "folder", classes=tuple(train.classes), image_shape=(3, size, size), stats=_IMAGENET_STATS
-    )
+    bundle = partial(DataBundle, "folder", classes=tuple(train.classes), image_shape=(3, size, size), stats=stats)
     held = read("test", plain) if (path / "test").is_dir() else val
     for other in (val, held):
         if other.classes != train.classes:

@@ -31,10 +31,12 @@ def test_resnet101_costs_what_the_paper_says():
 
 @pytest.mark.parametrize("name", backbones.names())
 def test_every_backbone_classifies_and_has_its_cuts(name):
-    model = backbones.build(name, num_classes=7, width=0.125, in_channels=1).eval()
+    width = 1.0 if name == "efficientnet_lite0" else 0.125
+    model = backbones.build(name, num_classes=7, width=width, in_channels=1).eval()
     assert model(torch.randn(2, 1, 16, 16)).shape == (2, 7)
     modules = dict(model.named_modules())
     assert all(cut in modules for cut in backbones.default_cuts(name))
+    assert len(backbones.block_cuts(name)) >= len(backbones.default_cuts(name))
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50", "densenet121"])
@@ -96,6 +98,11 @@ def test_width_scales_every_channel_count(name, width):
         pytest.param(lambda: backbones.default_cuts("vgg"), "no backbone 'vgg'", id="cuts"),
         pytest.param(lambda: backbones.build("resnet18", num_classes=0), "must be positive, got num_classes=0", id="k"),
         pytest.param(lambda: backbones.build("resnet18", width=0), "must be positive, .*width=0", id="width"),
+        pytest.param(
+            lambda: backbones.build("efficientnet_lite0", width=0.5),
+            "width: .* the width of its weights, 1",
+            id="trained",
+        ),
         pytest.param(lambda: backbones.build("resnet18", in_channels=0), "must be positive, .*in_channels=0", id="c"),
     ],
 )

@@ -132,6 +132,24 @@ def test_small_sets(name, size, shape, counts):
     assert 0.8 < x.std() < 1.2
 
 
+def test_images_are_normalised_as_asked(cifar_root, tmp_path):
+    """One mean and deviation serve all channels; for bytes in memory and for files alike."""
+    _write_images(tmp_path / "photos" / "train", ("cat", "dog"), 10)
+    _write_images(tmp_path / "photos" / "val", ("cat", "dog"), 2)
+    half = ((0.5,), (0.5,))
+    for arguments in (
+        {"name": "digits"},
+        {"name": "cifar10", "root": cifar_root},
+        {"name": "folder", "root": tmp_path / "photos"},
+    ):
+        own, asked = data.load(**arguments), data.load(**arguments, stats=half)
+        channels = own.image_shape[0]
+        mean, deviation = (torch.tensor(values).view(-1, 1, 1) for values in own.stats)
+        white = own.test[0][0] * deviation + mean
+        torch.testing.assert_close(asked.test[0][0], (white - 0.5) / 0.5)
+        assert asked.stats == ((0.5,) * channels, (0.5,) * channels)
+
+
 def test_loader_yields_every_sample_once():
     bundle = data.load("digits")
     expected = bundle.train.labels.sort().values
@@ -270,6 +288,9 @@ def test_folder(tmp_path, splits, sizes):
         pytest.param({"name": "???"}, "near names: digits, mnist, cluttered-mnist", id="hopeless"),
         pytest.param({"name": "digits", "image_size": 0}, "image_size: expected at least 1, got 0", id="size"),
         pytest.param({"name": "cluttered-mnist", "renderings": 0}, "renderings: expected at least 1", id="renderings"),
+        pytest.param(
+            {"name": "digits", "stats": ((0.5,) * 3, (0.5,) * 3)}, "stats: expected .* of 1 or 1 channels", id="stats"
+        ),
         pytest.param({"name": "cifar10"}, "root: 'cifar10' needs the folder that holds", id="no-root"),
         pytest.param({"name": "folder"}, "root: 'folder' needs the folder that holds train and val", id="no-folder"),
     ],

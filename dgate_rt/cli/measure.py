@@ -88,18 +88,21 @@ def flops(
     backbone: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help="Only these.")] = None,
     json_: Json = False,
 ) -> None:
-    """Count the FLOPs a 32×32 image costs in every backbone, stage by stage; two a multiply-add.
+    """Count the FLOPs an image costs in every backbone, stage by stage; two a multiply-add.
 
     ResNet-101 costs 5.02 GFLOPs, as in the paper's Table 1.
     """
-    from dgate_rt.backbones import names, stage_flops
+    from dgate_rt.backbones import image_size, names, stage_flops
 
     counted = {name: stage_flops(name) for name in backbone or names()}
     if json_:
         emit_json({name: {"stages": stages, "total": sum(stages)} for name, stages in counted.items()})
         return
-    columns = ("backbone", "to gate 1", "to gate 2", "to gate 3", "to the end", "GFLOPs")
-    lines = [[name, *(f"{f / 1e9:.4f}" for f in parts), f"{sum(parts) / 1e9:.4f}"] for name, parts in counted.items()]
+    columns = ("backbone", "pixels", "to gate 1", "to gate 2", "to gate 3", "to the end", "GFLOPs")
+    lines = [
+        [name, f"{image_size(name)}×{image_size(name)}", *(f"{f / 1e9:.4f}" for f in (*parts, sum(parts)))]
+        for name, parts in counted.items()
+    ]
     print_table(table(columns, lines))
 
 

@@ -1,4 +1,7 @@
-"""The commands that make things, each from the file that the one before wrote: ``train``, ``fit``, ``calibrate``."""
+"""The commands that make things, each from the file that the one before wrote.
+
+A network by ``train`` or ``transfer``, gates for it by ``fit``, their thresholds by ``calibrate``.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 
 from dgate_rt.cli.app import app, examples
-from dgate_rt.cli.console import emit_json, print_table, say, table
+from dgate_rt.cli.console import command, emit_json, print_table, say, table
 from dgate_rt.cli.options import BatchSize, DataName, Device, Download, Json, MaxDrop, NetworkFile, Root, Workers
 
 if TYPE_CHECKING:
@@ -78,7 +81,7 @@ def train(
     workers: Workers = 0,
     json_: Json = False,
 ) -> None:
-    """Train a backbone in its CIFAR form, to put gates on."""
+    """Train a backbone from scratch, to put gates on."""
     import torch
 
     from dgate_rt import pretrain
@@ -105,7 +108,7 @@ def train(
         checkpoint=checkpoint,
     )
     accuracy = pretrain.evaluate(model, bundle.loader("test", batch_size, workers=workers), device=torch_device)
-    meta = replace(meta, accuracy=accuracy)
+    meta = replace(meta, accuracy=accuracy, origin=command())
     save_backbone(output, model, meta)
     say(f"wrote {output}")
     if json_:
@@ -117,6 +120,71 @@ def train(
     ]
     title = f"{backbone}, width {width:g}, on {bundle.name}: test accuracy {accuracy:.2%}"
     print_table(table(("epoch", "loss", "training accuracy", "validation accuracy"), lines, left=0), title)
+
+
+@app.command(
+    epilog=examples(
+        "dgate transfer --data mnist --image-size 128 -o net.safetensors",
+        "dgate transfer --data folder --root ~/photos --cache features/ -o net.safetensors",
+    )
+)
+def transfer(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Write the network here.")],
+    data: Annotated[str, typer.Option("--data", help="digits, mnist, cluttered-mnist, cifar10, cifar100 or folder.")],
+    backbone: Annotated[
+        str, typer.Option("--backbone", help="One that comes trained: efficientnet_lite0.")
+    ] = "efficientnet_lite0",
+    l2: Annotated[float, typer.Option("--l2", help="Penalty on the classifier's weights.")] = 1e-2,
+    cache: Annotated[
+        str, typer.Option("--cache", help="memory, or a folder: what was interrupted goes on from there.")
+    ] = "memory",
+    cache_gb: Annotated[float, typer.Option("--cache-gb", help="The most that the cache may take.")] = 4.0,
+    batch_size: BatchSize = 64,
+    root: Root = None,
+    download: Download = False,
+    image_size: Annotated[
+        int | None, typer.Option("--image-size", min=1, help="Pixels a side; by default what the network came with.")
+    ] = None,
+    data_seed: Annotated[int, typer.Option("--data-seed", help="Of the split; kept with the network.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="Of the order in which the classifier sees samples.")] = 0,
+    device: Device = "cpu",
+    workers: Workers = 0,
+    json_: Json = False,
+) -> None:
+    """Fit a new classifier to a network that was trained on ImageNet, to put gates on; nothing else of it changes."""
+    from dgate_rt import backbones, pretrain
+    from dgate_rt import transfer as transfers
+    from dgate_rt.cli.files import device_of
+    from dgate_rt.data import load
+
+    torch_device = device_of(device)
+    size = image_size or backbones.image_size(backbone)
+    stats = transfers.normalisation(backbone)
+    bundle = load(data, root=root, image_size=size, seed=data_seed, download=download, stats=stats)
+    model, report = transfers.transfer(
+        backbone,
+        bundle,
+        l2=l2,
+        batch_size=batch_size,
+        cache=cache,
+        cache_gb=cache_gb,
+        seed=seed,
+        device=torch_device,
+        workers=workers,
+    )
+    accuracy = pretrain.evaluate(
+        model, bundle.loader("test", batch_size, workers=workers), device=torch_device, progress=True
+    )
+    meta = backbones.BackboneMeta.of(backbone, 1.0, bundle, data_seed)
+    meta = replace(meta, accuracy=accuracy, origin=command())
+    backbones.save_backbone(output, model, meta)
+    say(f"wrote {output}")
+    if json_:
+        emit_json({"output": output, **asdict(meta), "classifier": asdict(report)})
+        return
+    lines = [(str(report.width), f"{report.accuracy:.2%}", f"{report.val_accuracy:.2%}", f"{accuracy:.2%}")]
+    columns = ("features", "training accuracy", "validation accuracy", "test accuracy")
+    print_table(table(columns, lines, left=0), f"{backbone} at {size} pixels, a new classifier for {bundle.name}")
 
 
 @app.command(

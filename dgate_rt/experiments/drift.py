@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from dgate_rt.corruptions import KINDS, SEVERITIES
 from dgate_rt.cost import Costs
+from dgate_rt.data import ArrayDataset
 from dgate_rt.drift import ALPHA, DriftReport, Reference
 from dgate_rt.experiments.experiment import BEYOND, Experiment, Result, Table, claim
 from dgate_rt.experiments.plots import Band, bands_figure
@@ -31,6 +32,11 @@ class Options:
     alpha: float = ALPHA  # false alarms that the monitor may give
     noticed: float = 0.02  # a loss of accuracy that it should tell
     power: float = 0.95  # in this share of the windows
+
+
+def _unfit(bench: Workbench) -> str:
+    held = isinstance(bench.bundle.test, ArrayDataset)
+    return "" if held else f"expected test images held in memory, to corrupt them, got those of {bench.bundle.name!r}"
 
 
 def run(bench: Workbench, options: Options) -> Result:
@@ -190,4 +196,5 @@ EXPERIMENT = Experiment(
     run=run,
     tables=tables,
     figures=figures,
+    unfit=_unfit,
 )

@@ -48,6 +48,7 @@ class Experiment:
     tables: Callable[[Result], list[Table]]
     figures: Callable[[Result], Mapping[str, str]]  # by name: an SVG element, or a PNG as data URI
     reported: Sequence[Table] = ()  # what others reported, to hold it against
+    unfit: Callable[[Workbench], str] = lambda bench: ""  # why it cannot be run there; nothing where it can
 
     def configured(self, quick: bool, pairs: Sequence[str] = ()) -> Any:
         """The options, with those of ``name=value`` in ``pairs`` changed; tuples have commas between their numbers.

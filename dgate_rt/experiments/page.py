@@ -102,6 +102,8 @@ def _experiment(experiment: Experiment, records: Mapping[Path, Record], beside: 
         yield Heading(3, _on(found))
         where = f"commit {found['commit'] or 'unknown'}, on {machine}"
         yield f"{_by(found)}, {where}; the run that ended it took {found['seconds']:g} s."
+        if found.get("origin"):
+            yield f"The network comes from `{found['origin']}`."
         yield f"Options: {options}. All numbers: `{os.path.relpath(path, beside)}`."
         yield from experiment.tables(found["result"])
         yield from _pictures(found)

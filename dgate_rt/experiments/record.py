@@ -18,7 +18,10 @@ from dgate_rt.experiments.workbench import Workbench
 from dgate_rt.timing import commit, machine_header
 
 Record = dict[str, Any]
-"""``experiment``, ``settings``, ``options``, ``result``; the others say by what, where and when."""
+"""``experiment``, ``settings``, ``options``, ``result``; the others say by what, where and when.
+
+``origin`` is the command that made a network which the experiment was given.
+"""
 _FORMAT = "dgate_rt.experiment"
 _DIGITS = 6
 
@@ -28,7 +31,12 @@ def run(experiment: Experiment, bench: Workbench, options: Any, command: Sequenc
 
     For one machine and one commit the settings and options decide every number of the result, but for measured times:
     to the bit, interrupted and resumed or not.
+
+    Raises:
+        ValueError: if the experiment cannot be run on this network and data.
     """
+    if reason := experiment.unfit(bench):
+        raise ValueError(f"{experiment.name}: {reason}")
     start = time.perf_counter()
     result = experiment.run(bench, options)
     record = {
@@ -40,6 +48,7 @@ def run(experiment: Experiment, bench: Workbench, options: Any, command: Sequenc
         "versions": {"dgate_rt": dgate_rt.__version__, "numpy": np.__version__},
         "seconds": round(time.perf_counter() - start, 1),
         "settings": bench.settings,
+        "origin": bench.origin,
         "options": asdict(options),
         "result": _rounded(result),
     }

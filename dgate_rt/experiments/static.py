@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from dgate_rt import backbones
+from dgate_rt import backbones, transfer
 from dgate_rt.cost import Costs
 from dgate_rt.errors import UnreachableTargetError
 from dgate_rt.experiments import curves
@@ -33,6 +33,11 @@ class Options:
     gates: int = 3
     drops: tuple[float, ...] = (0.0275, 0.01, 0.0)  # allowed on validation data; each has a static network of its FLOPs
     multiple: int = 2  # of the static networks' channel counts
+
+
+def _unfit(bench: Workbench) -> str:
+    name = bench.meta.name
+    return f"expected a network of any width, got {name}, which comes trained" if name in transfer.names() else ""
 
 
 def run(bench: Workbench, options: Options) -> Result:
@@ -204,4 +209,5 @@ EXPERIMENT = Experiment(
     run=run,
     tables=tables,
     figures=figures,
+    unfit=_unfit,
 )

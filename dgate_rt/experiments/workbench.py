@@ -157,6 +157,11 @@ class Workbench:
         return model
 
     @property
+    def origin(self) -> str:
+        """The command that made the network, where it was given and its file says so."""
+        return self._given.meta.origin if self._given else ""
+
+    @property
     def example(self) -> Tensor:  # [1, C, H, W]
         """One image of the validation split."""
         return self.bundle.val[0][0][None].to(self.device)
