@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import shutil
+import types
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ from test_experiments import TINY, Fuse, Interrupted
 
 pytest.importorskip("matplotlib")
 
+from dgate_rt import backbones
 from dgate_rt.experiments import (
     classes,
     curves,
@@ -144,6 +147,25 @@ def test_points_are_timed_once(bench, records, monkeypatch):
     assert again["result"] == records["points"]["result"]
 
 
+@pytest.mark.parametrize(
+    ("backbone", "expected"), [("resnet101", [False, False, True]), ("densenet201", [True, True, True])]
+)
+def test_a_network_is_held_against_what_the_paper_says_of_it(backbone, expected):
+    """20 % of the FLOPs for nothing and 40 % for 2 points are enough for DenseNet-201 alone."""
+    rows = [{"name": "dg", "drop": d, "saved": s, "lost": d} for d, s in ((0.0175, 0.40), (0.0, 0.20))]
+    times = [{"batch_size": 32, "gated": [{"realisation": 0.96}] * 2}]
+    claims = points._claims({"rows": rows, "network": {"accuracy": 0.95}, "times": times}, backbone)
+    assert [said["holds"] for said in claims] == expected
+
+
+def test_committed_points_are_judged_as_they_would_be_now():
+    results = Path(__file__).resolve().parent.parent / "docs" / "experiments" / "results"
+    found = [one for one in record.load([results]).values() if one["experiment"] == "points"]
+    assert found
+    for one in found:
+        assert one["result"]["claims"] == points._claims(one["result"], one["settings"]["backbone"])
+
+
 def test_classes_count_every_sample(bench, records):
     result = records["classes"]["result"]
     counts = np.array(result["counts"])
@@ -171,6 +193,37 @@ def test_entropy_is_in_bits():
 def test_options_out_of_range_are_refused(bench, name, pair, message):
     with pytest.raises(ValueError, match=message):
         find(name).run(bench, find(name).configured(False, [pair]))
+
+
+def test_what_cannot_be_run_is_refused_and_left_out_of_all(bench, tmp_path, monkeypatch):
+    unfit = dataclasses.replace(
+        static.EXPERIMENT, unfit=lambda bench: f"expected another network, got {bench.meta.name}"
+    )
+    monkeypatch.setattr(static, "EXPERIMENT", unfit)
+    monkeypatch.setattr("dgate_rt.experiments.experiment.NAMES", ("static", "surfaces"))
+    flags = ("--network", bench.folder / "network.safetensors", "-o", tmp_path)
+    assert "static: expected another network, got resnet18" in refused("experiment", "static", *flags)
+    shown = dgate("experiment", "all", "--quick", *flags)
+    assert "static is left out: expected another network" in shown.stderr
+    assert [path.name for path in tmp_path.glob("s*.json")] == ["settings.json", "surfaces.json"]
+
+
+def test_drift_wants_images_in_memory_and_static_a_network_of_any_width(bench):
+    assert drift.EXPERIMENT.unfit(bench) == static.EXPERIMENT.unfit(bench) == ""
+    files = dataclasses.replace(bench.bundle, test=list(bench.bundle.test))
+    assert "got those of 'digits'" in drift.EXPERIMENT.unfit(types.SimpleNamespace(bundle=files))
+    trained = types.SimpleNamespace(meta=backbones.BackboneMeta("efficientnet_lite0"))
+    assert "which comes trained" in static.EXPERIMENT.unfit(trained)
+
+
+def test_a_page_names_the_command_that_made_the_network(records, tmp_path):
+    found = copy.deepcopy(records["surfaces"])
+    assert found["origin"] == ""
+    page.write_markdown(tmp_path / "page.md", {tmp_path / "surfaces.json": found})
+    assert "comes from" not in (tmp_path / "page.md").read_text()
+    found["origin"] = "dgate train -o net"
+    page.write_markdown(tmp_path / "page.md", {tmp_path / "surfaces.json": found})
+    assert "The network comes from `dgate train -o net`." in (tmp_path / "page.md").read_text()
 
 
 def test_markdown_page(records, bench, tmp_path):
