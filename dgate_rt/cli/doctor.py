@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import importlib.util
 import os
 import platform
@@ -14,6 +13,8 @@ from importlib import metadata
 
 import torch
 from torch import nn
+
+from dgate_rt.timing import driver_cuda_version
 
 _GRAPH_DRIVER = (12, 8)
 _PACKAGES = {
@@ -141,18 +142,6 @@ def _gpu() -> list[Finding]:
     return [gpu, Finding(section, "driver", enough, f"CUDA {_dotted(driver)}; {note} for the graph executor")]
 
 
-def driver_cuda_version() -> tuple[int, int] | None:
-    """The CUDA version of the driver, read without touching a device; None without a driver."""
-    for name in ("libcuda.so.1", "nvcuda.dll"):
-        try:
-            library, version = ctypes.CDLL(name), ctypes.c_int()
-        except OSError:
-            continue
-        if library.cuDriverGetVersion(ctypes.byref(version)) == 0:
-            return version.value // 1000, version.value % 1000 // 10
-    return None
-
-
 def _gpu_name(index: int) -> str:
     device = torch.cuda.get_device_properties(index)
     return f"{device.name} (sm_{device.major}{device.minor}, {device.total_memory / 2**30:.0f} GiB)"
@@ -183,7 +172,7 @@ def _try(section: str, executor: str, device: str) -> Finding:
 
 def _answer(executor: str, device: str) -> None:
     from dgate_rt import Gate, StagedModel, compile
-    from dgate_rt.cli.files import gates_off
+    from dgate_rt.files import gates_off
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
