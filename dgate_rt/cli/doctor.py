@@ -7,7 +7,9 @@ import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
+import sys
 from dataclasses import dataclass
 from importlib import metadata
 
@@ -37,6 +39,19 @@ _CPU_FEATURES = {  # shown name: the names that torch and Linux give it
     "AMX BF16": ("amx_bf16",),
     "AMX FP16": ("amx_fp16",),
 }
+
+_BAD_CALL = """
+import sys
+import torch
+
+torch.library.define("dgate_rt::graph_destroy", "(int graph) -> ()")
+torch.ops.load_library(sys.argv[1])
+try:
+    torch.ops.dgate_rt.graph_destroy(0)
+except (RuntimeError, ValueError):
+    sys.exit()
+sys.exit("a bad argument was no error")
+"""
 
 
 @dataclass(frozen=True)
@@ -108,10 +123,25 @@ def _extension() -> list[Finding]:
     compiler = os.environ.get("CXX") or next((c for c in ("c++", "g++", "clang++") if shutil.which(c)), None)
     return [
         cpu,
+        *([_errors(info["extension"])] if info["extension"] else []),
         cuda,
         Finding(section, "C++ compiler", None, compiler or "none found; needed only to build"),
         Finding(section, "nvcc", None, _nvcc() or "none found; needed only to build the CUDA half"),
     ]
+
+
+def _errors(extension: str) -> Finding:
+    """Whether an error in the C++ is one in Python; asked of a process of its own, for it may end the process."""
+    run = subprocess.run([sys.executable, "-c", _BAD_CALL, extension], capture_output=True, text=True, check=False)
+    if run.returncode == 0:
+        return Finding("Extension", "C++ errors", True, "become errors in Python")
+    why = run.stderr.strip().rpartition("\n")[2]
+    if run.returncode < 0:
+        why = (
+            f"end the process ({signal.Signals(-run.returncode).name}); build dgate-rt again with a compiler that links"
+            " the system's libstdc++, without -static-libstdc++"
+        )
+    return Finding("Extension", "C++ errors", False, why)
 
 
 def _nvcc() -> str | None:
