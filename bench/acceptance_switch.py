@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from dgate_rt import Gate, StagedModel, compile
-from dgate_rt.cli.files import gates_off
 from dgate_rt.executors.captures import CudaCaptures, SimulatedCaptures
 from dgate_rt.executors.graph import GraphExecutor
+from dgate_rt.files import gates_off
 from dgate_rt.graphs import AssembledGraph
 from dgate_rt.timing import interleaved
 

@@ -18,8 +18,8 @@ from torchvision.models.resnet import Bottleneck
 from dgate_rt import Gate, GateProgram, Pool, StagedModel, split
 from dgate_rt.backbones import CifarResNet, build
 from dgate_rt.bench.workload import Mix, Workload
-from dgate_rt.cli.files import gates_off
 from dgate_rt.executors import Predictions
+from dgate_rt.files import gates_off
 from dgate_rt.gate import margin_and_label, pooled_width
 from dgate_rt.staged import as_tuple
 

@@ -25,7 +25,6 @@ import contextlib
 import gc
 import json
 import math
-import os
 import re
 import shlex
 import subprocess
@@ -48,11 +47,11 @@ from dgate_rt.bench.acceptance_switch import switch_us
 from dgate_rt.bench.acceptance_work import CUDA_ONLY, DENSE, GATED, WITHOUT_GATES, Engine, OneByOne, prepare
 from dgate_rt.bench.cases import RESNET_50, RESNET_101, TINY, Case, Network, Work, make_case, measure
 from dgate_rt.bench.workload import NO_EXIT, PAPER_MIXES, Mix
-from dgate_rt.cli.doctor import driver_cuda_version
 from dgate_rt.errors import ExecutorError
 from dgate_rt.graphs import driver_counts, reset_simulation
 from dgate_rt.progress import track
-from dgate_rt.timing import Timing, commit, interleaved, machine_header
+from dgate_rt.timing import Timing, commit, driver_cuda_version, interleaved, machine_header
+from dgate_rt.writing import whole_file
 
 MOST_MAY_FLIP = 0.5  # of the samples; where more lie on a threshold, answers prove nothing
 
@@ -265,9 +264,8 @@ def load_results(path: Path, header: dict[str, Any]) -> dict[str, Any]:
 
 def save_results(path: Path, results: dict[str, Any]) -> None:
     """Write whole or not at all."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(results) + "\n")
-    os.replace(partial, path)
+    with whole_file(path) as file:
+        file.write(json.dumps(results) + "\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

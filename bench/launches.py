@@ -22,8 +22,8 @@ from torch import nn
 from dgate_rt import Gate, GateProgram, StagedModel, compile
 from dgate_rt.bench.host_work import HostWork
 from dgate_rt.bench.workload import PAPER_MIXES
-from dgate_rt.cli.files import gates_off
 from dgate_rt.executors import EXECUTORS
+from dgate_rt.files import gates_off
 from dgate_rt.gate import leaves
 from dgate_rt.graphs import driver_counts, reset_simulation
 from dgate_rt.plan import binomial_arrivals, choose_buckets

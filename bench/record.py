@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from dgate_rt.bench.workload import Mix
-from dgate_rt.cli.console import finite, whole_file
 from dgate_rt.timing import Timing, commit, machine_header
+from dgate_rt.writing import finite, whole_file
 
 SAME = ("cpu", "cores", "torch_threads", "gpu", "torch")
 """What must agree of the machine where results are resumed."""

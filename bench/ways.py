@@ -19,10 +19,10 @@ from dgate_rt.bench import cases
 from dgate_rt.bench.cases import Case
 from dgate_rt.bench.record import Row
 from dgate_rt.bench.workload import NO_EXIT, Mix
-from dgate_rt.cli.files import gates_off
 from dgate_rt.engines import ENGINES, StageEngine
 from dgate_rt.engines.base import name_of
 from dgate_rt.executors import Predictions
+from dgate_rt.files import gates_off
 from dgate_rt.staged import Boundary
 from dgate_rt.timing import interleaved
 

@@ -32,6 +32,7 @@ from dgate_rt.staged import StagedModel, split
 from dgate_rt.timing import commit, interleaved, machine_header
 from dgate_rt.trace import Trace, collect_trace
 from dgate_rt.train import fit
+from dgate_rt.writing import whole_file
 
 DROPS: Mapping[str, float] = {"no drop": 0.0, "1 % drop": 0.01}
 """The operating points, and how much accuracy each may lose on validation data."""
@@ -288,6 +289,5 @@ def _summary(program: GateProgram) -> dict[str, Any]:
 
 
 def _write_json(path: Path, value: object) -> None:
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
-    os.replace(partial, path)
+    with whole_file(path) as file:
+        file.write(json.dumps(value, indent=2, allow_nan=False) + "\n")

@@ -29,6 +29,7 @@ from dgate_rt.batches import as_pair, check_labels, count_classes, frozen, run_s
 from dgate_rt.gate import Pool, pool_features
 from dgate_rt.progress import length_of, track
 from dgate_rt.staged import Boundary, StagedModel
+from dgate_rt.writing import whole_file
 
 SCHEMA = 1
 SKIP = -1
@@ -159,9 +160,8 @@ class DiskCache(FeatureCache):
         super().begin(widths, classes, expected_rows)
         header = self.path / "header.json"
         if not header.exists():
-            partial = header.with_suffix(".partial")
-            partial.write_text(json.dumps({**self._identity, "classes": classes, "widths": list(widths)}, indent=1))
-            partial.replace(header)
+            with whole_file(header) as file:
+                json.dump({**self._identity, "classes": classes, "widths": list(widths)}, file, indent=1)
 
     def recall(self, x: Tensor, y: Tensor) -> bool:
         self._digest = batch_hash(x, y)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -23,6 +22,7 @@ from dgate_rt import data
 from dgate_rt.backbones import BackboneMeta
 from dgate_rt.data import DataBundle
 from dgate_rt.progress import length_of, track
+from dgate_rt.writing import replacing
 
 _WARM_UP_SHARE = 0.25
 _CHECKPOINT_FORMAT = "dgate_rt.pretraining"
@@ -247,9 +247,8 @@ def _save_checkpoint(
             tensors[key] = buffer
     tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
     header = {"settings": json.dumps(asdict(settings)), "history": json.dumps([asdict(epoch) for epoch in history])}
-    partial_path = path.with_name(path.name + ".partial")
-    save_file(tensors, partial_path, {"format": _CHECKPOINT_FORMAT, **header})
-    os.replace(partial_path, path)
+    with replacing(path) as partial:
+        save_file(tensors, partial, {"format": _CHECKPOINT_FORMAT, **header})
 
 
 def _resume(path: Path, model: nn.Module, optimizer: torch.optim.SGD, settings: _Settings) -> list[Epoch]:

@@ -22,6 +22,7 @@ from dgate_rt.frontier import Frontier, OperatingPoint
 from dgate_rt.gate import Gate
 from dgate_rt.risk import Guarantee
 from dgate_rt.staged import StagedModel, split
+from dgate_rt.writing import replacing
 
 SCHEMA_VERSION = 2
 
@@ -163,9 +164,8 @@ class GateProgram:
         path = Path(path)
         if not path.parent.is_dir():
             raise FileNotFoundError(f"path: no such folder: {path.parent}")
-        partial = path.with_name(f"{path.name}.partial")
-        save_file(tensors, partial, metadata)
-        os.replace(partial, path)
+        with replacing(path) as partial:
+            save_file(tensors, partial, metadata)
 
 
 def load(path: str | os.PathLike[str], model: nn.Module) -> GateProgram:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import subprocess
@@ -71,6 +72,18 @@ def machine_header() -> dict[str, Any]:
         "torch": torch.__version__,
         "system": platform.system(),
     }
+
+
+def driver_cuda_version() -> tuple[int, int] | None:
+    """The CUDA version of the driver, read without touching a device; None without a driver."""
+    for name in ("libcuda.so.1", "nvcuda.dll"):
+        try:
+            library, version = ctypes.CDLL(name), ctypes.c_int()
+        except OSError:
+            continue
+        if library.cuDriverGetVersion(ctypes.byref(version)) == 0:
+            return version.value // 1000, version.value % 1000 // 10
+    return None
 
 
 def commit() -> str | None:

@@ -12,6 +12,7 @@ from string import Template
 
 import dgate_rt
 from dgate_rt.timing import machine_header
+from dgate_rt.writing import whole_file
 
 
 def write_page(path: str | os.PathLike[str], title: str, notes: Iterable[str], sections: Iterable[str]) -> None:
@@ -26,9 +27,8 @@ def write_page(path: str | os.PathLike[str], title: str, notes: Iterable[str], s
         origin=escape(f"dgate_rt {dgate_rt.__version__} · {written} · {command}"),
         body="".join(sections),
     )
-    partial = Path(f"{os.fspath(path)}.partial")
-    partial.write_text(page, encoding="utf-8")
-    os.replace(partial, path)
+    with whole_file(Path(path)) as file:
+        file.write(page)
 
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import csv
 import json
 import re
 import subprocess
 import sys
 import types
+from collections.abc import Iterator
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
@@ -19,7 +21,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import dgate_rt
-from dgate_rt import data, ops, pretrain
+from dgate_rt import bench, data, kernels, ops, pretrain
 from dgate_rt.cli import app
 
 COMMANDS = ["demo", "train", "fit", "calibrate", "run", "bench", "report", "doctor", "flops", "experiment"]
@@ -105,6 +107,23 @@ def test_command_line_itself_imports_no_torch():
     )
     folder = str(Path(dgate_rt.__file__).parent)
     assert subprocess.run([sys.executable, "-c", code, folder], check=False).returncode == 0
+
+
+def test_nothing_but_the_command_line_imports_it():
+    folders = [Path(folder) for package in (dgate_rt, bench, kernels) for folder in package.__path__]
+    files = {file.resolve() for folder in folders for file in folder.rglob("*.py")}
+    own = {file for file in files if file.parent.name == "cli" or file.name == "__main__.py"}
+    assert own
+    for file in files - own:
+        assert not any(f"{name}.".startswith("dgate_rt.cli.") for name in _imports(file)), file
+
+
+def _imports(file: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
 @pytest.mark.parametrize("command", ["train", "fit", "calibrate"])

@@ -12,6 +12,8 @@ from typer.testing import CliRunner
 from dgate_rt import executors, ops
 from dgate_rt.cli import app, doctor
 
+BAD_CALL = doctor._BAD_CALL
+
 
 @pytest.fixture
 def found():
@@ -21,6 +23,12 @@ def found():
         return {(f.section, f.name): f for f in doctor.examine()}
 
     return look
+
+
+@pytest.fixture(autouse=True)
+def bad_call(request, monkeypatch):
+    """The program of the child process; it does nothing, sooner than importing torch, where a test gives no other."""
+    monkeypatch.setattr(doctor, "_BAD_CALL", getattr(request, "param", ""))
 
 
 class Broken:
@@ -91,10 +99,29 @@ def test_missing_package_says_what_to_install(found, monkeypatch):
 def test_missing_extension_is_explained(found, monkeypatch):
     info = {"extension": None, "error": "not built", "cuda_extension": None, "cuda_error": "not built"}
     monkeypatch.setattr(ops, "build_info", lambda: info)
-    finding = found()["Extension", "C++ operators"]
+    findings = found()
+    finding = findings["Extension", "C++ operators"]
     assert not finding.works
     assert "not built" in finding.detail
     assert "PyTorch reference" in finding.detail
+    assert ("Extension", "C++ errors") not in findings
+
+
+@pytest.mark.skipif(not ops.extension_loaded(), reason="the C++ extension is not built")
+@pytest.mark.parametrize(
+    ("bad_call", "works", "words"),
+    [
+        (BAD_CALL, True, "become errors in Python"),
+        (BAD_CALL.replace("graph_destroy(0)", "graph_destroy"), False, "a bad argument was no error"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", False, "end the process (SIGKILL); build dgate-rt"),
+    ],
+    ids=["error", "none", "killed"],
+    indirect=["bad_call"],
+)
+def test_error_of_the_extension_must_reach_python(found, bad_call, works, words):
+    finding = found()["Extension", "C++ errors"]
+    assert finding.works is works
+    assert words in finding.detail
 
 
 @pytest.mark.parametrize(

@@ -2,124 +2,24 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
 import subprocess
 import sys
 import threading
 
 import pytest
 import torch
-from conftest import conv_block
+from engine_cases import COMPILED, installed, needs, network
 from programs import all_margins, in_band, make_program, random_gates, thresholds_for
-from torch import Tensor, nn
+from torch import Tensor
 
 import dgate_rt as dg
-from dgate_rt import ExecutorError, StagedModel, reference
-from dgate_rt.cache import cache_dir
-from dgate_rt.engines import ENGINES, PreparedStage, auto, build, precision, prepare
-from dgate_rt.engines.fold import fold_batch_norms
+from dgate_rt import reference
+from dgate_rt.engines import PreparedStage, precision, prepare
 from dgate_rt.plan import likely_sizes
 from dgate_rt.staged import as_tuple
 
 SIZES = {"inductor": (4, 64)}  # it takes seconds a size
 ROWS = (1, 3, 16, 17, 64)
-
-
-def installed(name: str) -> bool:
-    return all(importlib.util.find_spec(package) for package in ENGINES[name].packages)
-
-
-def needs(name: str, *values: object):
-    """A parameter that is skipped where an engine's packages are missing."""
-    missing = pytest.mark.skipif(not installed(name), reason=f'needs pip install "dgate-rt[{name}]"')
-    return pytest.param(name, *values, marks=missing, id="-".join([name, *map(str, values)]))
-
-
-class Fork(nn.Module):
-    """A convolution, and what skips the next stage."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = conv_block(3, 8)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        y = self.conv(x)
-        return y, y.mean((2, 3))
-
-
-class Join(nn.Module):
-    """The end of the residual branch, and a classifier."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.head = conv_block(8, 8), nn.Linear(8, 5)
-
-    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
-        return self.head(self.conv(x).mean((2, 3)) + skip)
-
-
-class Tokens(nn.Module):
-    """Patches, a class token, positions."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.patch = nn.Conv2d(3, 16, 4, 4)
-        self.cls, self.places = nn.Parameter(torch.randn(1, 1, 16)), nn.Parameter(torch.randn(1, 17, 16))
-
-    def forward(self, x: Tensor) -> Tensor:
-        tokens = self.patch(x).flatten(2).transpose(1, 2)
-        return torch.cat([self.cls.expand(x.shape[0], -1, -1), tokens], 1) + self.places
-
-
-class Attention(nn.Module):
-    """A pre-norm transformer block."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norms = nn.ModuleList([nn.LayerNorm(16), nn.LayerNorm(16)])
-        self.qkv, self.out = nn.Linear(16, 48), nn.Linear(16, 16)
-        self.mlp = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16))
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(self.norms[0](x)).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)
-        x = x + self.out(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-        return x + self.mlp(self.norms[1](x))
-
-
-class Classify(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.head = nn.Linear(16, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(x[:, 0])
-
-
-def network(kind: str) -> StagedModel:
-    torch.manual_seed(0)
-    stages = {
-        "conv": lambda: [conv_block(3, 8), nn.Sequential(conv_block(8, 16, 2), Pooled(16))],
-        "residual": lambda: [Fork(), Join()],
-        "vit": lambda: [nn.Sequential(Tokens(), Attention()), Classify()],
-    }[kind]()
-    model = StagedModel(stages)
-    for norm in (module for module in model.modules() if isinstance(module, nn.BatchNorm2d)):
-        nn.init.uniform_(norm.running_mean, -0.2, 0.2)
-        nn.init.uniform_(norm.running_var, 0.5, 1.5)
-    return model.eval()
-
-
-class Pooled(nn.Sequential):
-    def __init__(self, width: int) -> None:
-        super().__init__(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 5))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DGATE_RT_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +53,6 @@ def prepared():
 
 
 KINDS = ("conv", "residual", "vit")
-COMPILED = ("inductor", "openvino", "onnxruntime")
 
 
 @pytest.mark.parametrize(("engine", "kind"), [needs(engine, kind) for engine in ("eager", *COMPILED) for kind in KINDS])
@@ -291,103 +190,6 @@ def test_a_function_is_an_engine_and_sees_exactly_the_prepared_sizes(images):
     assert seen == [(16,), (16,), (4,), (4,)]
 
 
-class Stubborn(nn.Module):
-    """Runs in torch and nowhere else: what it does depends on its data, on the host."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * (2.0 if x.sum().item() == x.sum().item() else 1.0)
-
-
-@pytest.mark.parametrize("engine", [needs(engine) for engine in COMPILED])
-def test_an_engine_that_cannot_run_a_stage_names_it(engine):
-    staged = StagedModel([conv_block(3, 4), Stubborn(), Pooled(4)], cuts=["stem", "odd"]).eval()
-    with pytest.raises(ExecutorError, match=rf"engine: {engine} cannot run stage 1, which ends at odd: "):
-        prepare(staged, engine, sizes=[4], sample_shape=(3, 8, 8))
-
-
-def test_auto_falls_back_stage_by_stage_and_says_so(monkeypatch):
-    class Picky:
-        name = any_size = "picky"
-        devices, packages = ("cpu",), ()
-
-        def __call__(self, stage, example, sizes):
-            if isinstance(stage, Stubborn):
-                raise NotImplementedError("no")
-            return stage
-
-    monkeypatch.setattr(auto, "ENGINES", {"eager": ENGINES["eager"], "picky": Picky})
-    monkeypatch.setattr(auto, "interleaved", lambda jobs, rounds: [_timing(5.0), _timing(2.0)])
-    staged = StagedModel([conv_block(3, 4), Stubborn(), Pooled(4)]).eval()
-    stages = prepare(staged, "auto", sizes=[4], sample_shape=(3, 8, 8))
-    assert stages.engine == "picky"
-    text = "\n".join(stages.describe())
-    assert "ms a sample picky 0.5, eager 1.25" in text
-    assert "stage 1 runs on eager, picky cannot run it: NotImplementedError: no" in text
-    assert "measured now" in text
-    monkeypatch.setattr(auto, "measure", None)  # is not called again
-    assert "measured before" in "\n".join(prepare(staged, "auto", sizes=[4], sample_shape=(3, 8, 8)).describe())
-
-
-def test_auto_takes_no_engine_that_answers_otherwise(monkeypatch):
-    class Wrong:
-        name = any_size = "wrong"
-        devices, packages = ("cpu",), ()
-
-        def __call__(self, stage, example, sizes):
-            return lambda *tensors: stage(*tensors) * 1.1
-
-    monkeypatch.setattr(auto, "ENGINES", {"eager": ENGINES["eager"], "wrong": Wrong})
-    stages = prepare(network("conv"), "auto", sizes=[4], sample_shape=(3, 16, 16))
-    assert stages.engine == "eager"
-    assert "wrong not taken: its logits lie" in "\n".join(stages.describe())
-
-
-def test_a_damaged_choice_is_measured_again(monkeypatch):
-    monkeypatch.setattr(auto, "ENGINES", {"eager": ENGINES["eager"]})
-    for text in ("{", "[1]", json.dumps({"gone": 1.0})):
-        (cache_dir() / "key.json").write_text(text)
-        assert auto._recalled("key.json") is None
-    assert prepare(network("conv"), "auto", sizes=[2], sample_shape=(3, 16, 16)).engine == "eager"
-
-
-def _timing(ms: float):
-    from dgate_rt.timing import Timing
-
-    return Timing(ms, ms, ms)
-
-
-@pytest.mark.parametrize("engine", ["openvino", "onnxruntime"])
-def test_an_engine_that_is_not_installed_names_the_extra(monkeypatch, engine):
-    monkeypatch.setattr(build.importlib.util, "find_spec", lambda package: None)
-    with pytest.raises(ExecutorError, match=rf'needs .*: pip install "dgate-rt\[{engine}\]"'):
-        prepare(network("conv"), engine, sizes=[4], sample_shape=(3, 16, 16))
-
-
-@pytest.mark.parametrize("engine", [needs("onnxruntime")])
-def test_onnxruntime_has_no_bfloat16(engine, monkeypatch):
-    monkeypatch.setattr(precision, "supports_bfloat16", lambda device: True)
-    with pytest.raises(ExecutorError, match="expected float32, got bfloat16"):
-        prepare(network("conv"), engine, sizes=[4], sample_shape=(3, 16, 16), dtype="bfloat16")
-
-
-def test_bad_arguments_are_named(monkeypatch):
-    options = {"sizes": [4], "sample_shape": (3, 16, 16)}
-    with pytest.raises(ValueError, match=r"engine: expected one of 'auto', 'eager', .*got 'fast'"):
-        prepare(network("conv"), "fast", **options)
-    with pytest.raises(TypeError, match="engine: expected a name or a function, got int"):
-        prepare(network("conv"), 3, **options)
-    with pytest.raises(ValueError, match="dtype: expected None, 'float32' or 'bfloat16', got 'int8'"):
-        prepare(network("conv"), dtype="int8", **options)
-    with pytest.raises(ValueError, match="sizes: expected whole numbers of at least 1, got"):
-        prepare(network("conv"), sizes=[0], sample_shape=(3, 16, 16))
-    for sizes in ([[1, 4]], [[1, 4], [8]]):
-        with pytest.raises(ValueError, match="sizes: expected them for 2 stages, with the same largest, got"):
-            prepare(network("conv"), sizes=sizes, sample_shape=(3, 16, 16))
-    monkeypatch.setattr(precision, "supports_bfloat16", lambda device: False)
-    with pytest.raises(ExecutorError, match="bfloat16 was asked for, but cpu here has no instructions for it"):
-        prepare(network("conv"), dtype="bfloat16", **options)
-
-
 def test_a_runtime_in_bfloat16_takes_the_batches_of_its_program(images, monkeypatch):
     monkeypatch.setattr(precision, "supports_bfloat16", lambda device: True)
     staged = network("conv")
@@ -417,57 +219,6 @@ def test_buckets_are_the_sizes_to_prepare(images):
     assert sizes[2:4] == likely_sizes(32, program.point.shares)
     dg.compile(program, engine=spy, batch_size=32, executor="refill")
     assert sizes[4:] == [(1, 4, 16, 32)] * 2
-
-
-class TestFolding:
-    """BatchNorm goes into the convolution before it, where that changes nothing."""
-
-    def agrees(self, stage: nn.Module, expected: int, channels: int = 3) -> None:
-        x = torch.randn(2, channels, 8, 8)
-        for norm in (module for module in stage.modules() if isinstance(module, nn.BatchNorm2d)):
-            nn.init.uniform_(norm.running_mean, -1, 1)
-            nn.init.uniform_(norm.running_var, 0.5, 2)
-            nn.init.uniform_(norm.bias)
-        with torch.no_grad():
-            before = stage(x)
-            assert fold_batch_norms(stage) == expected
-            torch.testing.assert_close(stage(x), before, rtol=1e-4, atol=1e-4)
-
-    def test_in_a_sequence_and_in_a_graph(self):
-        block = nn.Sequential(conv_block(3, 4), conv_block(4, 4)).eval()
-        self.agrees(torch.fx.symbolic_trace(block), 2)
-        self.agrees(block, 2)
-
-    def test_not_where_the_convolution_is_read_elsewhere(self):
-        class Both(nn.Module):
-            def __init__(self) -> None:
-                super().__init__()
-                self.conv, self.norm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
-
-            def forward(self, x: Tensor) -> Tensor:
-                y = self.conv(x)
-                return self.norm(y) + y
-
-        self.agrees(torch.fx.symbolic_trace(Both().eval()), 0)
-
-    def test_not_where_a_module_is_called_twice(self):
-        conv, norm = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
-        twice = nn.Sequential(conv, norm, conv, nn.BatchNorm2d(3)).eval()
-        self.agrees(torch.fx.symbolic_trace(twice), 0)
-        self.agrees(twice, 0)
-
-    def test_not_in_train_mode_nor_without_statistics(self):
-        assert fold_batch_norms(conv_block(3, 4).train()) == 0
-        assert (
-            fold_batch_norms(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, track_running_stats=False)).eval())
-            == 0
-        )
-
-    def test_a_prepared_network_has_none_left_and_the_given_one_has(self):
-        staged = network("conv")
-        stages = prepare(staged, sizes=[4], sample_shape=(3, 16, 16))
-        assert not any(isinstance(module, nn.BatchNorm2d) for module in stages.modules())
-        assert any(isinstance(module, nn.BatchNorm2d) for module in staged.modules())
 
 
 def test_a_prepared_stage_keeps_its_parameters_where_the_engine_runs_in_torch(prepared):

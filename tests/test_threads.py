@@ -6,8 +6,8 @@ import threading
 
 import pytest
 import torch
+from engine_cases import network
 from programs import make_program, random_gates
-from test_engines import network
 
 import dgate_rt as dg
 from dgate_rt.threads import _omp_set_num_threads, alone

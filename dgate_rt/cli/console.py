@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import errno
 import json
-import math
-import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperGroup
+
+from dgate_rt.writing import finite
 
 _UNBOUNDED = 1_000
 DEBUG_VARIABLE = "DGATE_DEBUG"
@@ -75,17 +73,6 @@ def emit_json(result: Mapping[str, Any]) -> None:
     print(json.dumps(finite(result), indent=2, allow_nan=False))
 
 
-def finite(value: Any) -> Any:
-    """``value`` with every NaN or infinity in it replaced by None, and every path by its text."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(item) for item in value]
-    return str(value) if isinstance(value, Path) else value
-
-
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> Table:
     """A table whose first ``left`` columns are text and whose others are numbers."""
     made = Table()
@@ -101,15 +88,6 @@ def print_table(made: Table, title: str | None = None) -> None:
     if title is not None:
         out.print(title, style="bold", markup=False, soft_wrap=True)
     Console(highlight=False, width=None if out.is_terminal else _UNBOUNDED).print(made)
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[TextIO]:
-    """Write a text file whole or not at all: it gets its name when everything is in it."""
-    partial = path.with_name(f"{path.name}.partial")
-    with partial.open("w", encoding="utf-8", newline="") as file:
-        yield file
-    os.replace(partial, path)
 
 
 def _message(error: Exception) -> str:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import ctypes
 import importlib.util
 import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
+import sys
 from dataclasses import dataclass
 from importlib import metadata
 
 import torch
 from torch import nn
+
+from dgate_rt.timing import driver_cuda_version
 
 _GRAPH_DRIVER = (12, 8)
 _PACKAGES = {
@@ -36,6 +39,19 @@ _CPU_FEATURES = {  # shown name: the names that torch and Linux give it
     "AMX BF16": ("amx_bf16",),
     "AMX FP16": ("amx_fp16",),
 }
+
+_BAD_CALL = """
+import sys
+import torch
+
+torch.library.define("dgate_rt::graph_destroy", "(int graph) -> ()")
+torch.ops.load_library(sys.argv[1])
+try:
+    torch.ops.dgate_rt.graph_destroy(0)
+except (RuntimeError, ValueError):
+    sys.exit()
+sys.exit("a bad argument was no error")
+"""
 
 
 @dataclass(frozen=True)
@@ -107,10 +123,25 @@ def _extension() -> list[Finding]:
     compiler = os.environ.get("CXX") or next((c for c in ("c++", "g++", "clang++") if shutil.which(c)), None)
     return [
         cpu,
+        *([_errors(info["extension"])] if info["extension"] else []),
         cuda,
         Finding(section, "C++ compiler", None, compiler or "none found; needed only to build"),
         Finding(section, "nvcc", None, _nvcc() or "none found; needed only to build the CUDA half"),
     ]
+
+
+def _errors(extension: str) -> Finding:
+    """Whether an error in the C++ is one in Python; asked of a process of its own, for it may end the process."""
+    run = subprocess.run([sys.executable, "-c", _BAD_CALL, extension], capture_output=True, text=True, check=False)
+    if run.returncode == 0:
+        return Finding("Extension", "C++ errors", True, "become errors in Python")
+    why = run.stderr.strip().rpartition("\n")[2]
+    if run.returncode < 0:
+        why = (
+            f"end the process ({signal.Signals(-run.returncode).name}); build dgate-rt again with a compiler that links"
+            " the system's libstdc++, without -static-libstdc++"
+        )
+    return Finding("Extension", "C++ errors", False, why)
 
 
 def _nvcc() -> str | None:
@@ -139,18 +170,6 @@ def _gpu() -> list[Finding]:
     enough = driver >= _GRAPH_DRIVER
     note = "new enough" if enough else f"too old: {_dotted(_GRAPH_DRIVER)} is needed"
     return [gpu, Finding(section, "driver", enough, f"CUDA {_dotted(driver)}; {note} for the graph executor")]
-
-
-def driver_cuda_version() -> tuple[int, int] | None:
-    """The CUDA version of the driver, read without touching a device; None without a driver."""
-    for name in ("libcuda.so.1", "nvcuda.dll"):
-        try:
-            library, version = ctypes.CDLL(name), ctypes.c_int()
-        except OSError:
-            continue
-        if library.cuDriverGetVersion(ctypes.byref(version)) == 0:
-            return version.value // 1000, version.value % 1000 // 10
-    return None
 
 
 def _gpu_name(index: int) -> str:
@@ -183,7 +202,7 @@ def _try(section: str, executor: str, device: str) -> Finding:
 
 def _answer(executor: str, device: str) -> None:
     from dgate_rt import Gate, StagedModel, compile
-    from dgate_rt.cli.files import gates_off
+    from dgate_rt.files import gates_off
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -78,11 +78,11 @@ def experiment(
     other experiments on the same network use it too. dgate report FOLDER makes a page of all that is there.
     """
     from dgate_rt import pretrain
-    from dgate_rt.cli.files import device_of
     from dgate_rt.experiments import page, record
     from dgate_rt.experiments.experiment import NAMES, find
     from dgate_rt.experiments.training import Training
     from dgate_rt.experiments.workbench import Workbench
+    from dgate_rt.files import device_of
 
     if not name:
         _list([find(known) for known in NAMES])

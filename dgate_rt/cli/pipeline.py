@@ -86,8 +86,8 @@ def train(
 
     from dgate_rt import pretrain
     from dgate_rt.backbones import BackboneMeta, save_backbone
-    from dgate_rt.cli.files import device_of
     from dgate_rt.data import load
+    from dgate_rt.files import device_of
 
     torch_device = device_of(device)
     bundle = load(data, root=root, image_size=image_size, seed=data_seed, download=download)
@@ -154,8 +154,8 @@ def transfer(
     """Fit a new classifier to a network that was trained on ImageNet, to put gates on; nothing else of it changes."""
     from dgate_rt import backbones, pretrain
     from dgate_rt import transfer as transfers
-    from dgate_rt.cli.files import device_of
     from dgate_rt.data import load
+    from dgate_rt.files import device_of
 
     torch_device = device_of(device)
     size = image_size or backbones.image_size(backbone)
@@ -222,7 +222,7 @@ def fit(
     json_: Json = False,
 ) -> None:
     """Train a gate after each cut of a network, which stays as it is."""
-    from dgate_rt.cli.files import device_of, gates_off, open_data, open_network
+    from dgate_rt.files import device_of, gates_off, open_data, open_network
     from dgate_rt.staged import split
     from dgate_rt.train import fit as fit_gates
 
@@ -295,7 +295,7 @@ def calibrate(
     Without a target, no accuracy is lost on that data.
     """
     from dgate_rt.calibrate import calibrate as choose
-    from dgate_rt.cli.files import device_of, open_data, open_network, open_program
+    from dgate_rt.files import device_of, open_data, open_network, open_program
 
     net = open_network(network, device_of(device))
     found = open_program(gates, net)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 import typer
 
 from dgate_rt.cli.app import app, examples
-from dgate_rt.cli.console import emit_json, finite, print_table, say, whole_file
+from dgate_rt.cli.console import emit_json, print_table, say
 from dgate_rt.cli.options import (
     BatchSize,
     DataName,
@@ -31,6 +31,7 @@ from dgate_rt.cli.options import (
     Root,
     Workers,
 )
+from dgate_rt.writing import finite, whole_file
 
 if TYPE_CHECKING:
     from dgate_rt.program import GateProgram
@@ -77,8 +78,8 @@ def run(
     An exit is the number of a gate, or the count of gates for the network itself. --max-drop moves to another point of
     the program's frontier. Images that cannot be read are named and skipped, and the exit code is then 1.
     """
-    from dgate_rt.cli.files import device_of, open_network, open_program
     from dgate_rt.compiling import compile
+    from dgate_rt.files import device_of, open_network, open_program
     from dgate_rt.images import ImageFolder, open_images
     from dgate_rt.progress import track
 
@@ -200,8 +201,8 @@ def report(
     if len(sources) != 2:
         raise ValueError(f"sources: expected a program and its network, or results, got {len(sources)} files")
     program, network = sources
-    from dgate_rt.cli.files import device_of, open_data, open_network, open_program
     from dgate_rt.cli.testing import measure, pictures
+    from dgate_rt.files import device_of, open_data, open_network, open_program
     from dgate_rt.report import console_table, simulated_graph, write_report
     from dgate_rt.trace import collect_trace
 

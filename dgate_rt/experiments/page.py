@@ -18,11 +18,11 @@ from html import escape
 from pathlib import Path
 
 from dgate_rt import webpage
-from dgate_rt.cli.console import whole_file
 from dgate_rt.drawing import standalone
 from dgate_rt.experiments import record
 from dgate_rt.experiments.experiment import NAMES, Experiment, Table, find
 from dgate_rt.experiments.record import Record
+from dgate_rt.writing import whole_file
 
 TITLE = "Experiments"
 _PNG = "data:image/png;base64,"

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 import dgate_rt
-from dgate_rt.cli.console import finite, whole_file
 from dgate_rt.experiments.experiment import Experiment
 from dgate_rt.experiments.workbench import Workbench
 from dgate_rt.timing import commit, machine_header
+from dgate_rt.writing import finite, whole_file
 
 Record = dict[str, Any]
 """``experiment``, ``settings``, ``options``, ``result``; the others say by what, where and when.

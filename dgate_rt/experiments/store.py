@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dgate_rt.cli.console import whole_file
+from dgate_rt.writing import replacing, whole_file
 
 Key = Mapping[str, Any]
 """Everything that decides a thing, as JSON has it."""
@@ -52,9 +51,8 @@ class Store:
         path = self.path(kind, key, ".safetensors")
         if not path.exists():
             made = {name: tensor.detach().cpu().contiguous() for name, tensor in make().items()}
-            partial = path.with_name(f"{path.name}.partial")
-            save_file(made, partial, {"key": _text(key)})
-            os.replace(partial, path)
+            with replacing(path) as partial:
+                save_file(made, partial, {"key": _text(key)})
             return made
         try:
             with safe_open(path, "pt") as file:

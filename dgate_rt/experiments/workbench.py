@@ -20,8 +20,6 @@ from torch import Tensor, nn
 
 from dgate_rt import backbones, data, pretrain
 from dgate_rt.backbones import BackboneMeta
-from dgate_rt.cli.console import whole_file
-from dgate_rt.cli.files import Network, open_data, open_network
 from dgate_rt.corruptions import corrupt_test
 from dgate_rt.cost import Costs, measure_costs
 from dgate_rt.data import DataBundle
@@ -30,12 +28,14 @@ from dgate_rt.experiments.scores import Scores, scores_of
 from dgate_rt.experiments.store import Store, digest
 from dgate_rt.experiments.training import Training
 from dgate_rt.features import SKIP, DiskCache, Features, collect
+from dgate_rt.files import Network, open_data, open_network
 from dgate_rt.frontier import Frontier, OperatingPoint
 from dgate_rt.gate import Gate, Pool
 from dgate_rt.program import GateProgram
 from dgate_rt.progress import note, track
 from dgate_rt.staged import StagedModel, split
 from dgate_rt.train import fit_gate
+from dgate_rt.writing import whole_file
 
 T = TypeVar("T")
 LOGITS = "logits"
