@@ -25,6 +25,7 @@ from dgate_rt.progress import length_of, track
 from dgate_rt.writing import replacing
 
 _WARM_UP_SHARE = 0.25
+_ONEDNN_BLOCK = 8  # channels
 _CHECKPOINT_FORMAT = "dgate_rt.pretraining"
 
 
@@ -131,7 +132,7 @@ def train_backbone(
         )
     half = native_bfloat16(device) if bfloat16 is None else bfloat16
     settings = _Settings(epochs, steps, lr, momentum, weight_decay, label_smoothing, mixup, seed, half)
-    model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # stub lacks it
+    model.to(device=device, memory_format=_layout(model))  # type: ignore[call-overload]  # stub lacks it
     optimizer = _optimizer(model, settings)
     history: list[Epoch] = []
     path = None if checkpoint is None else Path(checkpoint)
@@ -186,10 +187,23 @@ def _optimizer(model: nn.Module, settings: _Settings) -> torch.optim.SGD:
     return torch.optim.SGD(groups, settings.lr, settings.momentum, nesterov=settings.momentum > 0)
 
 
+def _layout(model: nn.Module) -> torch.memory_format:
+    """channels_last, but for narrow networks that cannot be trained in it on every CPU.
+
+    With AVX2 and no more, oneDNN's gradient of the kernel of a strided 1x1 convolution of fewer than 8 channels writes
+    past its workspace (its issue 6035; seen with torch 2.14.1): wrong gradients, a crash, or threads that never end.
+    """
+    broken = any(
+        isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1) and m.stride != (1, 1) and m.in_channels < _ONEDNN_BLOCK
+        for m in model.modules()
+    )
+    return torch.contiguous_format if broken else torch.channels_last
+
+
 def _forward(
     model: nn.Module, x: Tensor, y: Tensor, device: torch.device | str, bfloat16: bool
 ) -> tuple[Tensor, Tensor]:
-    layout = torch.channels_last if x.ndim == 4 else torch.contiguous_format
+    layout = _layout(model) if x.ndim == 4 else torch.contiguous_format
     with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bfloat16):
         return model(x.to(device).contiguous(memory_format=layout)).float(), y.to(device)
 

@@ -43,6 +43,22 @@ def test_the_loss_falls_and_the_network_learns(digits):
     assert not model.training
 
 
+@pytest.mark.parametrize(("channels", "expected"), [(4, torch.contiguous_format), (8, torch.channels_last)])
+def test_narrow_networks_train_in_a_format_that_is_safe_on_every_cpu(channels, expected):
+    """A strided 1x1 convolution of fewer than 8 channels, in channels_last, ends the process where AVX2 is all."""
+    model = nn.Sequential(
+        nn.Conv2d(1, channels, 3, bias=False), nn.Conv2d(channels, 8, 1, 2), nn.Flatten(), nn.LazyLinear(10)
+    )
+    seen = []
+    model[1].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].is_contiguous(memory_format=expected)))
+    x, y = torch.randn(64, 1, 8, 8), torch.arange(64) % 10
+    model(x)
+    seen.clear()
+    _train(model, DataLoader(TensorDataset(x, y), 32))
+    assert seen == [True] * 4
+    assert model[1].weight.is_contiguous(memory_format=expected)
+
+
 def test_a_recipe_gives_its_network_and_what_it_is_worth(digits):
     recipe = replace(pretrain.QUICK, image_size=8, epochs=1)
     bundle = recipe.load_data()
