@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import os
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -26,6 +25,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from dgate_rt.data import DataBundle, Stats
 from dgate_rt.flops import count_flops
+from dgate_rt.writing import replacing
 
 _CHANNEL_MULTIPLE = 8
 _FORMAT = "dgate_rt.backbone"
@@ -129,7 +129,7 @@ class _Family:
     """Where networks of one kind can be cut."""
 
     ends: tuple[str, ...]  # of each main block but the last
-    blocks: str  # a pattern of everything that a gate could follow
+    blocks: str  # a pattern of the names of all blocks
     image_size: int = 32  # of the images that it is made for
 
 
@@ -138,7 +138,7 @@ _DENSENET = _Family(
     ("features.denseblock1", "features.denseblock2", "features.denseblock3"),
     r"features\.(denseblock|transition)\d",
 )
-_EFFICIENTNET = _Family(("blocks.1", "blocks.2", "blocks.4"), r"blocks\.\d\.\d", 224)  # the last of each resolution
+_EFFICIENTNET = _Family(("blocks.1", "blocks.2", "blocks.4"), r"blocks\.\d\.\d", 224)  # at 56, 28 and 14 pixels
 
 _BACKBONES: dict[str, tuple[_Family, Callable[..., nn.Module]]] = {
     "resnet18": (_RESNET, partial(CifarResNet, BasicBlock, (2, 2, 2, 2))),
@@ -197,12 +197,12 @@ def build(
 
 
 def default_cuts(name: str) -> tuple[str, ...]:
-    """Where the paper puts its gates: after each main block but the last."""
+    """Where gates go unless said otherwise, as in the paper: after each main block but the last."""
     return _find(name)[0].ends
 
 
 def block_cuts(name: str) -> tuple[str, ...]:
-    """Every place where a gate could be: after each residual block, or dense block and transition, but the last."""
+    """Every place where a gate could be: after each block, or dense block and transition, but the last."""
     blocks = _find(name)[0].blocks
     with torch.device("meta"):
         model = build(name)
@@ -265,16 +265,13 @@ def save_backbone(path: str | Path, model: nn.Module, meta: BackboneMeta) -> Non
 
     Raises:
         ValueError: if ``model`` is not the network that ``meta`` describes.
+        FileNotFoundError: if there is no such folder.
     """
     state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     with torch.device("meta"):
         _check_state(state, meta.build().state_dict(), "model")
-    partial_path = Path(f"{path}.{os.getpid()}.partial")
-    try:
+    with replacing(Path(path)) as partial_path:
         save_file(state, partial_path, {"format": _FORMAT, "version": _VERSION, "meta": json.dumps(asdict(meta))})
-        partial_path.replace(path)
-    finally:
-        partial_path.unlink(missing_ok=True)
 
 
 def load_backbone(path: str | Path) -> tuple[nn.Module, BackboneMeta]:
@@ -316,4 +313,4 @@ def _check_state(state: dict[str, Tensor], expected: dict[str, Tensor], what: st
 
 if __name__ == "__main__":
     for backbone in names():
-        print(f"{backbone:12} {sum(stage_flops(backbone)) / 1e9:7.3f}")
+        print(f"{backbone:18} {sum(stage_flops(backbone)) / 1e9:7.3f}")

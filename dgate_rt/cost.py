@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dgate_rt.executors.base import deploy, prefers_channels_last
 from dgate_rt.flops import count_flops
-from dgate_rt.gate import Gate, Pool
+from dgate_rt.gate import GRIDS, Gate, Pool
 from dgate_rt.stage_times import gate_times, sizes_up_to, stage_times
 from dgate_rt.staged import Boundary, StagedModel
 
@@ -64,7 +64,7 @@ def gate_flops(
 ) -> float:
     """FLOPs a sample of one gate: an addition a value for the pooling, then the projection."""
     pooling = 0
-    if gate.pool is Pool.AVG and len(sample_shape) > 1:
+    if (gate.pool is Pool.AVG or gate.pool.value in GRIDS) and len(sample_shape) > 1:
         pooling = torch.Size(sample_shape).numel()
     return pooling + 2 * gate.classes * gate.width
 

@@ -230,8 +230,10 @@ def _bundle(
 def _for_channels(stats: Stats, channels: int) -> Stats:
     """One value serves all channels."""
     mean, deviation = (values * channels if len(values) == 1 else values for values in stats)
-    if not len(mean) == len(deviation) == channels:
-        raise ValueError(f"stats: expected means and deviations of 1 or {channels} channels, got {stats}")
+    if not len(mean) == len(deviation) == channels or 0 in deviation:
+        raise ValueError(
+            f"stats: expected one mean and deviation other than 0, or one for each of {channels} channels, got {stats}"
+        )
     return mean, deviation
 
 

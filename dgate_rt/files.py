@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +37,7 @@ class Network:
 
 
 def open_network(path: Path, device: torch.device | str = "cpu") -> Network:
-    """Read a network that ``dgate train`` or the demo wrote.
+    """Read a network that ``dgate train``, ``dgate transfer`` or the demo wrote.
 
     Raises:
         ValueError: if the file does not say what images the network takes.
@@ -63,20 +64,14 @@ def open_data(network: Network, name: str | None, root: Path | None, download: b
         ValueError: if the other images differ in shape or number of classes.
     """
     meta = network.meta
-    bundle = data.load(
-        name or meta.dataset,
-        root=root,
-        image_size=meta.image_size,
-        seed=meta.data_seed,
-        download=download,
-        stats=meta.stats,
-    )
+    how: Any = {"root": root, "image_size": meta.image_size, "seed": meta.data_seed, "download": download}
+    bundle = data.load(name or meta.dataset, **how)
     expected = (meta.in_channels, meta.image_size, meta.image_size)
     if bundle.image_shape != expected:
         raise ValueError(f"data: expected images of shape {expected} for {network.path}, got {bundle.image_shape}")
     if len(bundle.classes) != meta.num_classes:
         raise ValueError(f"data: expected {meta.num_classes} classes for {network.path}, got {len(bundle.classes)}")
-    return bundle
+    return bundle if bundle.stats == meta.stats else data.load(name or meta.dataset, **how, stats=meta.stats)
 
 
 def gates_off(

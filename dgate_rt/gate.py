@@ -22,6 +22,24 @@ class Pool(str, Enum):
     """The first token of ``[N, T, C]``; width C."""
     FLAT = "flat"
     """Every value, in ``flatten(1)`` order; width the product of the sample's shape."""
+    GRID2 = "grid2"
+    """Mean over each cell of a 2x2 grid of ``[N, C, H, W]``, channel after channel; width 4 C. ``[N, C]`` as it is."""
+    GRID4 = "grid4"
+    """The same of a 4x4 grid; width 16 C."""
+
+
+GRIDS = {"grid2": 2, "grid4": 4}
+"""Cells a side of the pools that are grids. Where a map has fewer rows or columns, cells share them."""
+POOL_RANKS = {"avg": (2, 3, 4), "cls": (3,), "flat": (2, 3, 4), "grid2": (2, 4), "grid4": (2, 4)}
+"""Ranks of the features that each pool takes."""
+
+
+def grid_cells(
+    features: Tensor,  # [N, C, H, W] or [N, C]
+    side: int,
+) -> Tensor:  # [N, C, side, side] float32, or [N, C] as it is
+    """The mean of each cell, taken in float32 whatever the dtype."""
+    return features if features.ndim == 2 else nn.functional.adaptive_avg_pool2d(features.float(), side)
 
 
 def pool_features(
@@ -34,11 +52,13 @@ def pool_features(
         ValueError: if ``features`` has a rank that ``pool`` does not take.
     """
     pool = Pool(pool)
-    ranks = {Pool.AVG: (2, 3, 4), Pool.CLS: (3,), Pool.FLAT: (2, 3, 4)}[pool]
+    ranks = POOL_RANKS[pool.value]
     if features.ndim not in ranks:
         wanted, got = " or ".join(map(str, ranks)), tuple(features.shape)
         raise ValueError(f"features: pool={pool.value!r} expects rank {wanted}, got shape {got}")
-    if pool is Pool.FLAT or features.ndim == 2:
+    if pool.value in GRIDS:
+        features = grid_cells(features, GRIDS[pool.value])
+    if pool is Pool.FLAT or pool.value in GRIDS or features.ndim == 2:
         return features.flatten(1).float()
     if pool is Pool.CLS:
         return features[:, 0].float()

@@ -140,7 +140,8 @@ def train_backbone(
         history = _resume(path, model, optimizer, settings)
     try:
         for epoch in range(len(history), epochs):
-            with torch.random.fork_rng([device] if torch.device(device).type == "cuda" else []):
+            devices = [device] if torch.device(device).type == "cuda" else []
+            with torch.random.fork_rng(devices), torch.enable_grad():
                 torch.manual_seed(seed * 1_000_003 + epoch)
                 title = f"training the backbone, epoch {epoch + 1} of {epochs}"
                 batches = track(loader, title, enabled=progress)

@@ -161,10 +161,7 @@ class GateProgram:
             "fingerprint": self.staged.fingerprint(),
         }
         metadata = {"format": _FORMAT, "schema": str(SCHEMA_VERSION), "program": json.dumps(header)}
-        path = Path(path)
-        if not path.parent.is_dir():
-            raise FileNotFoundError(f"path: no such folder: {path.parent}")
-        with replacing(path) as partial:
+        with replacing(Path(path)) as partial:
             save_file(tensors, partial, metadata)
 
 

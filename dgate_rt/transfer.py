@@ -133,7 +133,9 @@ def transfer(
     model = pretrained(name, channels)
     old = model.get_submodule(weights.classifier)
     assert isinstance(old, nn.Linear)
-    classifier = nn.Linear(old.in_features, len(bundle.classes))
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)  # a cache knows the network by its weights, these among them
+        classifier = nn.Linear(old.in_features, len(bundle.classes))
     model.set_submodule(weights.classifier, classifier)
     model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # stub lacks it
     example = bundle.val[0][0][None].to(device)

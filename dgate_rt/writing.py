@@ -13,6 +13,8 @@ from typing import Any, TextIO
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Where to write what shall be at ``path``: it gets its name when everything is in it."""
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"path: no such folder: {path.parent}")
     partial = path.with_name(f"{path.name}.partial")
     yield partial
     os.replace(partial, path)

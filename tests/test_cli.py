@@ -24,7 +24,7 @@ import dgate_rt
 from dgate_rt import bench, data, kernels, ops, pretrain
 from dgate_rt.cli import app
 
-COMMANDS = ["demo", "train", "fit", "calibrate", "run", "bench", "report", "doctor", "flops", "experiment"]
+COMMANDS = ["demo", "train", "transfer", "fit", "calibrate", "run", "bench", "report", "doctor", "flops", "experiment"]
 
 
 def dgate(*arguments: object, code: int = 0):
@@ -299,9 +299,11 @@ BAD_INPUT = {
     "unknown dtype": (f"{RUN} {{bad}}/good.npy --dtype int8", "'int8'"),
     "unknown device": (f"{RUN} {{bad}}/good.npy --device abacus", "'abacus'"),
     "drop of gates that are off": ("run {gates} {net} {bad}/good.npy --max-drop 0.1", "dgate calibrate"),
-    "output in no folder": (f"{RUN} {{bad}}/good.npy -o {{bad}}/none/answers.csv", "/none/answers.csv"),
+    "output in no folder": (f"{RUN} {{bad}}/good.npy -o {{bad}}/none/answers.csv", "no such folder"),
     "unknown cut": (f"{FIT} --at layer7", "'layer7'"),
-    "differently normalised data": (f"{FIT} --data mnist", "normalised"),
+    "network in no folder": ("train -o {bad}/none/net --data digits", "output: no such folder"),
+    "transferred to no folder": ("transfer -o {bad}/none/net --data digits", "output: no such folder"),
+    "no pretrained network": ("transfer -o {bad}/n --data digits --backbone resnet18", "efficientnet_lite0"),
     "two targets": ("calibrate {gates} {net} -o {bad}/p --max-drop 0.1 --max-cost 1", "max_cost"),
     "unreachable target": ("calibrate {gates} {net} -o {bad}/p --max-cost 1", "cheapest reachable"),
     "unknown data": ("train -o {bad}/n --data digitz", "digits"),

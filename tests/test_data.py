@@ -289,7 +289,7 @@ def test_folder(tmp_path, splits, sizes):
         pytest.param({"name": "digits", "image_size": 0}, "image_size: expected at least 1, got 0", id="size"),
         pytest.param({"name": "cluttered-mnist", "renderings": 0}, "renderings: expected at least 1", id="renderings"),
         pytest.param(
-            {"name": "digits", "stats": ((0.5,) * 3, (0.5,) * 3)}, "stats: expected .* of 1 or 1 channels", id="stats"
+            {"name": "digits", "stats": ((0.5,) * 3, (0.5,) * 3)}, "stats: expected .* each of 1 channels", id="stats"
         ),
         pytest.param({"name": "cifar10"}, "root: 'cifar10' needs the folder that holds", id="no-root"),
         pytest.param({"name": "folder"}, "root: 'folder' needs the folder that holds train and val", id="no-folder"),

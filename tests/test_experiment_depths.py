@@ -182,9 +182,12 @@ def test_wide_maps_get_no_flat_gate(bench):
     result = pools.run(bench, POOLS)
     assert result["widths"] == {"layer1": 8 * 16 * 16, "layer2": 16 * 8 * 8}
     places = {name: [gate["cut"] for gate in gates] for name, gates in result["gates"].items()}
-    assert places == {pools.AVERAGE: ["layer2"], pools.FLAT: ["layer2"], pools.ALL: ["layer1", "layer2"]}
+    everywhere = {name + pools.EVERYWHERE: ["layer1", "layer2"] for name in pools.POOLS if name != pools.FLAT}
+    assert places == {name: ["layer2"] for name in pools.POOLS} | everywhere
     (flat,) = result["gates"][pools.FLAT]
     assert (flat["width"], flat["parameters"], flat["flops"]) == (1024, 10 * 1024 + 10, 2 * 10 * 1024)
+    assert [gate["width"] for gate in result["gates"]["grid2" + pools.EVERYWHERE]] == [32, 64]
+    assert result["gates"]["grid2"][0]["flops"] == 16 * 8 * 8 + 2 * 10 * 64
     assert "layer1 (2,048)" in pools.tables(result)[0].note
     average = np.array(result["curves"][pools.AVERAGE]["area"]) - result["curves"][pools.FLAT]["area"]
     assert result["ahead"][pools.FLAT].tolist() == average.tolist()
@@ -192,7 +195,7 @@ def test_wide_maps_get_no_flat_gate(bench):
 
 def test_average_and_flat_gates_share_their_places_and_data(bench):
     result = pools.run(bench, replace(POOLS, widest=2048))
-    assert set(result["gates"]) == {pools.AVERAGE, pools.FLAT}
+    assert set(result["gates"]) == set(pools.POOLS)
     assert [gate["cut"] for gate in result["gates"][pools.FLAT]] == ["layer1", "layer2"]
     tested = bench.scores([GateSpec("layer2", pool="flat", resample=2)], ("layer1", "layer2"))
     trace = tested.trace(bench.held_out(2)[1])
@@ -212,19 +215,24 @@ def test_interrupted_pools_go_on(bench, again, monkeypatch):
     monkeypatch.setattr(curves, "search_frontier", fuse)
     with pytest.raises(Interrupted):
         pools.run(again, POOLS)
-    fuse.left = 5  # three kinds of three seeds, less those that were kept
+    fuse.left = 3 * 7 - 4  # seven kinds of three seeds, less those that were kept
     resumed = pools.run(again, POOLS)
     assert fuse.left == 0
     assert json.dumps(resumed["claims"]) == json.dumps(pools.run(bench, POOLS)["claims"])
 
 
 @pytest.mark.parametrize(
-    ("ahead", "share", "expected"),
-    [([0.01, 0.0, 0.02], 0.001, [True, True]), ([0.01, -0.001, 0.02], 0.02, [False, False])],
+    ("ahead", "grid", "share", "expected"),
+    [
+        ([0.01, 0.0, 0.02], 0.0, 0.001, [True, True, True]),
+        ([0.01, -0.001, 0.02], 0.02, 0.02, [False, False, False]),
+        ([-0.02, -0.02, -0.02], -0.01, 0.02, [False, False, True]),
+        ([-0.02, -0.02, -0.02], -0.009, 0.02, [False, False, False]),
+    ],
 )
-def test_verdicts_on_pools_fall_either_way(ahead, share, expected):
+def test_verdicts_on_pools_fall_either_way(ahead, grid, share, expected):
     flat = [{"cut": "a", "share": 0.0001, "parameters": 10}, {"cut": "b", "share": share, "parameters": 20}]
-    made = {"ahead": {pools.FLAT: ahead}, "gates": {pools.FLAT: flat}, "grid": [0.3, 1.0]}
+    made = {"ahead": {pools.FLAT: ahead, "grid4": [grid] * 3}, "gates": {pools.FLAT: flat}, "grid": [0.3, 1.0]}
     claims = pools._claims(made)
     assert verdicts(claims) == expected
     assert "after b" in claims[1]["seen"]

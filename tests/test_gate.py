@@ -20,10 +20,13 @@ NAN, INF = float("nan"), float("inf")
         ((2, 7, 6), "cls", 6),
         ((2, 6, 3, 5), "flat", 90),
         ((2, 7, 6), "flat", 42),
+        ((2, 6, 3, 5), "grid2", 24),
+        ((0, 6, 3, 5), "grid4", 96),
+        ((2, 6), "grid4", 6),
     ],
 )
 def test_pooled_width(shape, pool, width):
-    assert pool_features(torch.randn(shape), pool).shape == (2, width)
+    assert pool_features(torch.randn(shape), pool).shape == (shape[0], width)
     assert pooled_width(shape[1:], pool) == width
 
 
@@ -31,6 +34,24 @@ def test_the_mean_is_taken_in_float32():
     features = torch.full((1, 1, 64, 64), 3.0, dtype=torch.float16)  # the sum, 12288, is beyond float16's integers
     features[0, 0, 0, 0] = 7.0
     assert pool_features(features).item() == pytest.approx(3 + 4 / 4096, rel=1e-6)
+
+
+def test_a_grid_has_the_mean_of_each_cell_channel_after_channel():
+    features = torch.arange(32.0).view(1, 2, 4, 4)
+    assert pool_features(features, "grid2").tolist() == [[2.5, 4.5, 10.5, 12.5, 18.5, 20.5, 26.5, 28.5]]
+    assert torch.equal(pool_features(features, "grid4"), features.flatten(1))
+    assert pool_features(features[:, :, :1, :1], "grid2").tolist() == [[0.0] * 4 + [16.0] * 4]  # cells share
+
+
+def test_cells_are_means_in_float32():
+    features = torch.full((1, 1, 128, 128), 3.0, dtype=torch.float16)
+    features[0, 0, 0, 0] = 7.0
+    assert pool_features(features, "grid2")[0, 0].item() == pytest.approx(3 + 4 / 4096, rel=1e-6)
+
+
+def test_tokens_have_no_grid():
+    with pytest.raises(ValueError, match=r"pool='grid2' expects rank 2 or 4, got shape \(2, 3, 4\)"):
+        pool_features(torch.zeros(2, 3, 4), "grid2")
 
 
 def test_cls_of_an_image_is_refused():

@@ -43,6 +43,15 @@ def test_the_loss_falls_and_the_network_learns(digits):
     assert not model.training
 
 
+def test_it_trains_without_gradients_around_it(digits):
+    """An experiment may ask for its network, which is then trained, from within ``no_grad``."""
+    model, expected = _network(), _network()
+    _train(expected, digits)
+    with torch.no_grad():
+        _train(model, digits)
+    assert _same(model, expected)
+
+
 @pytest.mark.parametrize(("channels", "expected"), [(4, torch.contiguous_format), (8, torch.channels_last)])
 def test_narrow_networks_train_in_a_format_that_is_safe_on_every_cpu(channels, expected):
     """A strided 1x1 convolution of fewer than 8 channels, in channels_last, ends the process where AVX2 is all."""

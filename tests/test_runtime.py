@@ -66,6 +66,26 @@ def test_a_gate_may_go_by_another_criterion(tiny_staged, tiny_gates, images, cri
     torch.testing.assert_close(out.scores[same], scores[same], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("executor", ["eager", "refill", "graph"])
+@pytest.mark.parametrize("pool", ["grid2", "grid4"])
+def test_a_gate_may_read_a_grid_of_means(tiny_staged, images, executor, pool, tmp_path):
+    """It survives its file, and every executor answers as post-hoc gating does; `graph` on the simulated driver."""
+    x = images[:129]
+    gates = random_gates(tiny_staged, x, 5, pool)
+    thresholds = thresholds_for(all_margins(tiny_staged, gates, x), 0.4)
+    make_program(tiny_staged, gates, thresholds, x).save(tmp_path / "program.safetensors")
+    program = dg.load(tmp_path / "program.safetensors", tiny_staged)
+    assert [gate.pool for gate in program.gates] == [dg.Pool(pool)] * 3
+    run = dg.compile(program, batch_size=64, executor=executor, device="cpu-sim" if executor == "graph" else "cpu")
+    out = run(x)
+    with torch.inference_mode():
+        labels, _, exits = reference.predict(tiny_staged, gates, thresholds, x)
+    same = out.exits == exits
+    assert (~same).sum() <= 2
+    assert len(set(exits.tolist())) == 4
+    assert torch.equal(out.labels[same], labels[same])
+
+
 def test_dense_is_the_network_itself(tiny_staged, tiny_gates, tiny_images):
     program = make_program(tiny_staged, tiny_gates, (-100.0,) * 3, tiny_images)
     out = dg.compile(program, executor="dense", channels_last=False)(tiny_images)

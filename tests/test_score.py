@@ -13,6 +13,7 @@ import pytest
 import torch
 from tensors import (
     DTYPES,
+    GRIDS,
     LAYOUTS,
     POOLS,
     REFUSAL,
@@ -39,7 +40,7 @@ pytestmark = [
 @pytest.mark.parametrize("n", [0, 1, 31, 129])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
-@pytest.mark.parametrize(("pool", "rank"), POOLS)
+@pytest.mark.parametrize(("pool", "rank"), [*POOLS, *GRIDS])
 def test_scores_are_the_reference(pool: str, rank: str, dtype: torch.dtype, layout: str, n: int) -> None:
     features = make(n, SHAPES[rank], dtype, layout)
     weight, bias = make_gate(features, 10, pool)
@@ -94,7 +95,7 @@ def test_weight_and_bias_may_be_strided() -> None:
 
 
 @pytest.mark.parametrize("count", [0, 1, 17, 31])
-@pytest.mark.parametrize(("pool", "rank"), POOLS)
+@pytest.mark.parametrize(("pool", "rank"), [*POOLS, *GRIDS])
 def test_rows_from_count_on_are_not_read_and_zero(pool: str, rank: str, count: int) -> None:
     features = make(31, SHAPES[rank])
     weight, bias = make_gate(features, 10, pool)
@@ -211,7 +212,7 @@ def test_a_decision_has_no_gradient() -> None:
         ({"features": torch.ones(8, 64, 2).double()}, r"features: expected .*float32.*; got \[8, 64, 2\] float64"),
         ({"features": torch.ones(64)}, r"features: expected rank 2 or 3 or 4 .*; got \[64\] float32"),
         ({"pool": "cls"}, r"features: expected rank 3 \(pool='cls'\).*; got \[8, 64, 2, 2\] float32"),
-        ({"pool": "max"}, r"pool: expected 'avg' or 'cls' or 'flat', got 'max'"),
+        ({"pool": "max"}, r"pool: expected 'avg' or 'cls' or 'flat' or 'grid2' or 'grid4', got 'max'"),
         ({"criterion": "top2"}, r"criterion: expected 'margin' or 'softmax' or 'entropy', got 'top2'"),
         (
             {"features": torch.ones(8, 0, 64), "pool": "cls"},

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from sklearn.datasets import load_sample_images
+from test_cli import dgate
 from torch import nn
 from typer.testing import CliRunner
 
 from dgate_rt import backbones, data, transfer
 from dgate_rt.cli import app
+from dgate_rt.files import open_data, open_network
 
 NAME = "efficientnet_lite0"
 PALACE, DAISY = 698, 985  # classes of ImageNet
@@ -25,12 +30,16 @@ def digits() -> data.DataBundle:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """What the command prints, and the network that it writes."""
-    output = tmp_path_factory.mktemp("transfer") / "net.safetensors"
-    arguments = ["transfer", "--data", "digits", "--image-size", "32", "--output", str(output), "--json"]
-    printed = CliRunner().invoke(app, arguments)
+    """What the command prints, and the network that it writes; features are in the folder ``cache``."""
+    folder = tmp_path_factory.mktemp("a folder")
+    arguments = ["transfer", "--data", "digits", "--image-size", "32", "--cache", str(folder / "cache"), "--json"]
+    arguments += ["--output", str(folder / "net.safetensors")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["dgate", *arguments])
+        printed = CliRunner().invoke(app, arguments)
     assert printed.exit_code == 0, printed.stderr
-    return json.loads(printed.stdout), *backbones.load_backbone(output)
+    model, meta = backbones.load_backbone(folder / "net.safetensors")
+    return SimpleNamespace(json=json.loads(printed.stdout), model=model, meta=meta, arguments=arguments, folder=folder)
 
 
 def test_the_weights_know_photographs():
@@ -50,19 +59,40 @@ def test_a_grey_image_is_one_of_three_equal_channels():
 
 
 def test_nothing_changes_but_the_classifier(made):
-    _, model, _ = made
-    before, after = transfer.pretrained(NAME, 1).state_dict(), model.state_dict()
-    assert list(before) == list(after)
-    changed = [key for key in before if not torch.equal(before[key], after[key])]
+    """Every tensor is the package's, bit for bit; kernels of the first layer are summed over colour for grey images."""
+    package = torch.load(transfer._find(NAME).find(), weights_only=True)
+    expected, after = list(package.values()), made.model.state_dict()
+    expected[0] = expected[0].sum(1, keepdim=True)
+    changed = [key for (key, got), want in zip(after.items(), expected, strict=True) if not torch.equal(got, want)]
     assert changed == ["classifier.weight", "classifier.bias"]
     assert after["classifier.weight"].shape == (10, 1280)
+
+
+def test_what_was_interrupted_goes_on(made, digits, monkeypatch):
+    """A second run finds the features of the first, computes none, and comes to the same classifier."""
+    monkeypatch.setattr("dgate_rt.features._pooled", None)
+    again, _ = transfer.transfer(NAME, digits, cache=made.folder / "cache", progress=False)
+    assert torch.equal(again.classifier.weight, made.model.classifier.weight)
+
+
+def test_gates_go_on_it_like_on_any_network(made, tmp_path):
+    """Fitted, calibrated, run from a shell; digits of another set are normalised as the network wants them."""
+    net, gates, program = made.folder / "net.safetensors", tmp_path / "gates", tmp_path / "program"
+    dgate("fit", net, "-o", gates, "--at", "blocks.2,blocks.4", "--polish", 20, "--epochs", 2)
+    dgate("calibrate", gates, net, "-o", program, "--max-drop", 0.02)
+    np.save(tmp_path / "images.npy", np.zeros((5, 1, 32, 32), np.uint8))
+    answers = dgate("run", program, net, tmp_path / "images.npy").stdout
+    assert len(answers.splitlines()) == 6
+    other = open_data(open_network(net), "mnist", None, False)
+    assert other.stats == made.meta.stats
+    assert other.test[0][0].min() == -1
 
 
 def test_the_classifier_is_the_best_linear_one_on_the_features(made, digits):
     """Retraining it by another library on the same features gains nothing: it is what was promised."""
     from sklearn.linear_model import LogisticRegression
 
-    _, model, _ = made
+    model = made.model
     features, labels = {}, {}
     with torch.inference_mode():
         for part in ("train", "test"):
@@ -77,10 +107,10 @@ def test_the_classifier_is_the_best_linear_one_on_the_features(made, digits):
 
 
 def test_the_file_tells_what_it_holds(made, digits):
-    printed, _, meta = made
+    printed, meta = made.json, made.meta
     assert (meta.name, meta.width, meta.image_size, meta.in_channels) == (NAME, 1.0, 32, 1)
     assert meta.stats == digits.stats == ((0.5,), (0.5,))
-    assert meta.origin.startswith("dgate ")
+    assert shlex.split(meta.origin) == ["dgate", *made.arguments]
     assert printed["accuracy"] == meta.accuracy
     assert printed["classifier"]["val_accuracy"] > 0.8
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import json
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 import typer
@@ -54,7 +56,13 @@ class Group(TyperGroup):
 
 def command() -> str:
     """The command that runs, to be kept with what it makes."""
-    return " ".join(["dgate", *sys.argv[1:]])
+    return shlex.join(["dgate", *sys.argv[1:]])
+
+
+def check_output(path: Path) -> None:
+    """Raise before the work where its result could not be written afterwards."""
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"output: no such folder: {path.parent}")
 
 
 def fail(message: str) -> NoReturn:

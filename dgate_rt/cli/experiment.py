@@ -41,7 +41,11 @@ def experiment(
     width: Annotated[float | None, typer.Option("--width", help="Factor on every channel count.")] = None,
     network: Annotated[
         Path | None,
-        typer.Option("--network", metavar="FILE", help="From [bold]dgate train[/bold]; else one is trained."),
+        typer.Option(
+            "--network",
+            metavar="FILE",
+            help="From [bold]dgate train[/bold] or [bold]transfer[/bold]; else one is trained.",
+        ),
     ] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="OPTION=VALUE", help="Of the experiment; may be repeated.")

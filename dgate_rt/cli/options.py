@@ -8,7 +8,10 @@ from typing import Annotated
 import typer
 
 NetworkFile = Annotated[
-    Path, typer.Argument(metavar="NETWORK", help="The trained network, from [bold]dgate train[/bold].")
+    Path,
+    typer.Argument(
+        metavar="NETWORK", help="The trained network, from [bold]dgate train[/bold] or [bold]dgate transfer[/bold]."
+    ),
 ]
 ProgramFile = Annotated[
     Path, typer.Argument(metavar="PROGRAM", help="Gates and thresholds, from [bold]dgate calibrate[/bold].")

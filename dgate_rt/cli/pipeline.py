@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 
 from dgate_rt.cli.app import app, examples
-from dgate_rt.cli.console import command, emit_json, print_table, say, table
+from dgate_rt.cli.console import check_output, command, emit_json, print_table, say, table
 from dgate_rt.cli.options import BatchSize, DataName, Device, Download, Json, MaxDrop, NetworkFile, Root, Workers
 
 if TYPE_CHECKING:
@@ -33,6 +33,8 @@ class PoolName(str, Enum):
     avg = "avg"
     cls = "cls"
     flat = "flat"
+    grid2 = "grid2"
+    grid4 = "grid4"
 
 
 class CriterionName(str, Enum):
@@ -90,6 +92,7 @@ def train(
     from dgate_rt.files import device_of
 
     torch_device = device_of(device)
+    check_output(output)
     bundle = load(data, root=root, image_size=image_size, seed=data_seed, download=download)
     meta = BackboneMeta.of(backbone, width, bundle, data_seed)
     torch.manual_seed(seed)
@@ -143,7 +146,12 @@ def transfer(
     root: Root = None,
     download: Download = False,
     image_size: Annotated[
-        int | None, typer.Option("--image-size", min=1, help="Pixels a side; by default what the network came with.")
+        int | None,
+        typer.Option(
+            "--image-size",
+            min=1,
+            help="Pixels a side; by default those that the network was trained on, 224. Far fewer cost accuracy.",
+        ),
     ] = None,
     data_seed: Annotated[int, typer.Option("--data-seed", help="Of the split; kept with the network.")] = 0,
     seed: Annotated[int, typer.Option("--seed", help="Of the order in which the classifier sees samples.")] = 0,
@@ -151,15 +159,19 @@ def transfer(
     workers: Workers = 0,
     json_: Json = False,
 ) -> None:
-    """Fit a new classifier to a network that was trained on ImageNet, to put gates on; nothing else of it changes."""
+    """Fit a new classifier to a network that was trained on ImageNet, to put gates on; nothing else of it changes.
+
+    Grey images go through its first kernels summed over colour, which is what they would give in three channels.
+    """
     from dgate_rt import backbones, pretrain
     from dgate_rt import transfer as transfers
     from dgate_rt.data import load
     from dgate_rt.files import device_of
 
     torch_device = device_of(device)
-    size = image_size or backbones.image_size(backbone)
     stats = transfers.normalisation(backbone)
+    size = image_size or backbones.image_size(backbone)
+    check_output(output)
     bundle = load(data, root=root, image_size=size, seed=data_seed, download=download, stats=stats)
     model, report = transfers.transfer(
         backbone,

@@ -1,4 +1,4 @@
-"""What a gate reads: the mean over the image, or every value of the map. Grids between the two are no pool here."""
+"""What a gate reads: the mean over the image, a grid of means, or every value of the map."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ import torch
 
 from dgate_rt.cost import Costs
 from dgate_rt.experiments import curves
-from dgate_rt.experiments.experiment import BEYOND, Experiment, Result, Table, claim, spread
+from dgate_rt.experiments.experiment import BEYOND, Experiment, Result, Table, claim, points, spread
 from dgate_rt.experiments.plots import Band, bands_figure
 from dgate_rt.experiments.workbench import GateSpec, Workbench
 from dgate_rt.gate import Pool, pooled_width
 
-AVERAGE, FLAT, ALL = "average", "flat", "average, at all places"
-"""Gates compared at the same places; and those of the paper, where some are too wide to be read flat."""
+AVERAGE, FLAT = "average", "flat"
+POOLS = {AVERAGE: Pool.AVG, "grid2": Pool.GRID2, "grid4": Pool.GRID4, FLAT: Pool.FLAT}
+"""Gates compared at the same places."""
+EVERYWHERE = ", at all places"
+"""Those of the paper, where some are too wide to be read flat."""
 _NEGLIGIBLE = 0.01  # of the network's FLOPs
 
 
@@ -33,7 +36,7 @@ class _Kind:
     """Gates of one pool at some places."""
 
     places: tuple[str, ...]
-    pool: Pool = Pool.AVG
+    pool: Pool
 
     @property
     def cuts(self) -> tuple[str, ...] | None:
@@ -45,7 +48,7 @@ class _Kind:
 
 
 def run(bench: Workbench, options: Options) -> Result:
-    """Every seed: gates of both pools on a bootstrap, thresholds on a new validation split, accuracy on the rest."""
+    """Every seed: gates of every pool on a bootstrap, thresholds on a new validation split, accuracy on the rest."""
     if options.seeds < 3 or options.budgets < 2:
         raise ValueError(f"set: expected seeds of at least 3 and budgets of at least 2, got {options}")
     cuts = bench.first_cuts(options.gates)
@@ -53,9 +56,9 @@ def run(bench: Workbench, options: Options) -> Result:
     narrow = tuple(cut for cut in cuts if widths[cut] <= options.widest)
     if not narrow:
         raise ValueError(f"widest: expected {min(widths.values())} or more for {cuts}, got {options.widest}")
-    kinds = {AVERAGE: _Kind(narrow), FLAT: _Kind(narrow, Pool.FLAT)}
+    kinds = {name: _Kind(narrow, pool) for name, pool in POOLS.items()}
     if narrow != cuts:
-        kinds[ALL] = _Kind(cuts)
+        kinds |= {name + EVERYWHERE: _Kind(cuts, pool) for name, pool in POOLS.items() if name != FLAT}
     for kind in kinds.values():
         for part in ("train", "val", "test"):
             bench.features(part, kind.pool.value, kind.cuts)
@@ -114,7 +117,7 @@ def _compared(found: Mapping[str, list[Result]]) -> Result:
 
 
 def _claims(result: Result) -> list[Result]:
-    ahead, flat = np.array(result["ahead"][FLAT]), result["gates"][FLAT]
+    ahead, flat, grid = np.array(result["ahead"][FLAT]), result["gates"][FLAT], np.array(result["ahead"]["grid4"])
     dearest = max(flat, key=lambda gate: gate["share"])
     return [
         claim(
@@ -127,6 +130,11 @@ def _claims(result: Result) -> list[Result]:
             f"Reading every value takes a gate less than {_NEGLIGIBLE:.0%} of the network's FLOPs",
             dearest["share"] < _NEGLIGIBLE,
             f"{dearest['share']:.2%} after {dearest['cut']}, where it has {dearest['parameters']:,} parameters",
+        ),
+        claim(
+            "A grid of 4x4 means gains at least half of what reading every value gains over the mean, on average",
+            -grid.mean() >= -ahead.mean() / 2,
+            f"{points(-grid.mean())} against {points(-ahead.mean())}",
         ),
     ]
 
@@ -148,8 +156,7 @@ def tables(result: Result) -> list[Table]:
     note = (
         f"Mean accuracy over mean FLOPs from {result['grid'][0]:.0%} to 100 % of the network's; differences in points. "
         f"The network alone: {result['network']['accuracy']:.2%}. Of more than {result['widest']:,} values, and so "
-        f"without a flat gate: {', '.join(left_out) or 'none'}. Pooled grids between mean and map are not there: the "
-        "library has no such pool."
+        f"without a flat gate: {', '.join(left_out) or 'none'}."
     )
     gates = [
         [
@@ -183,8 +190,10 @@ def tables(result: Result) -> list[Table]:
 def figures(result: Result) -> Mapping[str, str]:
     """Every pool with its spread."""
     grid, bands = result["grid"], {}
-    for colour, (name, curve) in enumerate(result["curves"].items()):
-        bands[name] = Band(grid, curve["mean"], curve["low"], curve["high"], colour, name == ALL)
+    for name, curve in result["curves"].items():
+        pool, everywhere, _ = name.partition(EVERYWHERE)
+        colour = list(POOLS).index(pool)
+        bands[name] = Band(grid, curve["mean"], curve["low"], curve["high"], colour, bool(everywhere))
     x, at = "mean FLOPs a sample, of the network's", (1.0, result["network"]["accuracy"])
     return {"curves": bands_figure(bands, x, "accuracy", "What gates read: mean over seeds, least and most", at)}
 
@@ -193,8 +202,9 @@ EXPERIMENT = Experiment(
     name="pools",
     title="What a gate reads",
     source=BEYOND,
-    about="Gates on the mean over the image, as everywhere else, against gates on every value of the map, where it "
-    "is not too wide: at the same places, with the same loss and regulariser, and their own FLOPs counted. For each "
+    about="Gates on the mean over the image, as everywhere else, against gates on the means of a grid's cells and on "
+    "every value of the map, where it is not too wide: at the same places, with the same loss and regulariser, and "
+    "their own FLOPs counted. For each "
     "budget of FLOPs thresholds are chosen on validation samples; shown is what they give on test samples. A seed "
     "draws a bootstrap of the training samples and a new split of the others; all gates of one seed share its data.",
     options=Options(),

@@ -37,7 +37,7 @@ class Options:
 
 def _unfit(bench: Workbench) -> str:
     name = bench.meta.name
-    return f"expected a network of any width, got {name}, which comes trained" if name in transfer.names() else ""
+    return f"expected a network of any width, got {name}, whose width is fixed" if name in transfer.names() else ""
 
 
 def run(bench: Workbench, options: Options) -> Result:
