@@ -214,7 +214,7 @@ def test_drift_wants_images_in_memory_and_static_a_network_of_any_width(bench):
     files = dataclasses.replace(bench.bundle, test=list(bench.bundle.test))
     assert "got those of 'digits'" in drift.EXPERIMENT.unfit(types.SimpleNamespace(bundle=files))
     trained = types.SimpleNamespace(meta=backbones.BackboneMeta("efficientnet_lite0"))
-    assert "which comes trained" in static.EXPERIMENT.unfit(trained)
+    assert "whose width is fixed" in static.EXPERIMENT.unfit(trained)
 
 
 def test_a_page_names_the_command_that_made_the_network(records, tmp_path):
