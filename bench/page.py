@@ -19,6 +19,7 @@ from dgate_rt.bench.targets import mix_name, verdicts
 from dgate_rt.bench.ways import CHUNKED, DENSE
 from dgate_rt.drawing import standalone
 
+_COMPARED = ("mixes", "sweep", "overhead", "latency", "contest")
 LITTLE = 1.05
 """A gated way that is not faster by this much than the dense network in chunks does not pay."""
 _SAID = {
@@ -143,7 +144,7 @@ def _does_not_pay(rows: Sequence[Row]) -> Iterator[str]:
     lines = []
     for row in rows:
         base = next((name for name in (CHUNKED, DENSE) if name in row.over), None)
-        if row.mix and row.part in ("mixes", "overhead", "latency", "contest") and base and row.over[base] < LITTLE:
+        if row.mix and row.part in _COMPARED and base and row.over[base] < LITTLE:
             where = f"{row.network}, {row.engine} {row.dtype}, B {row.batch_size}, {mix_name(row.mix)}"
             lines.append(f"- `{row.way}`: {row.over[base]:.2f}× {base} ({where})")
     if not lines:
