@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from os import PathLike
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -146,7 +145,7 @@ def transfer(
         l2=l2,
         val_loader=bundle.loader("val", batch_size, workers=workers),
         device=device,
-        cache=cache if cache == "memory" else Path(cache),
+        cache=cache,
         cache_gb=cache_gb,
         seed=seed,
         progress=progress,

@@ -134,9 +134,7 @@ def _extension() -> list[Finding]:
 
 def _errors(extension: str) -> Finding:
     """Whether an error in the C++ is one in Python; asked of a process of its own, for it may end the process."""
-    run = subprocess.run(
-        [sys.executable, "-c", _BAD_CALL, extension], capture_output=True, text=True, check=False, timeout=120
-    )
+    run = subprocess.run([sys.executable, "-c", _BAD_CALL, extension], capture_output=True, text=True, check=False)
     if run.returncode == 0:
         return Finding("Extension", "C++ errors", True, "become errors in Python")
     why = run.stderr.strip().rpartition("\n")[2]
