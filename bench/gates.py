@@ -59,9 +59,10 @@ class Work:
         shape = (batch_size, gate.channels, side, gate.positions // side)
         features = torch.randn(shape, generator=generator, device=device, dtype=torch.bfloat16)
         self.features = features.contiguous(memory_format=torch.channels_last)
-        self.weight = torch.randn(gate.classes, gate.channels, generator=generator, device=device)
+        self.weight = torch.randn(gate.classes, gate.width, generator=generator, device=device)
         self.bias = torch.randn(gate.classes, generator=generator, device=device)
-        self.margin, self.label = ops.gate_score(self.features, self.weight, self.bias)
+        self.pool = gate.pool
+        self.margin, self.label = self.score()
         self.ids = torch.arange(batch_size, device=device)
         self.dest = torch.empty_like(self.features)
         self.dest_ids, self.dest_count = torch.empty_like(self.ids), torch.zeros((), dtype=torch.int32, device=device)
@@ -69,7 +70,7 @@ class Work:
         self.scores = torch.empty_like(self.margin)
 
     def score(self) -> tuple[Tensor, Tensor]:
-        return ops.gate_score(self.features, self.weight, self.bias)
+        return ops.gate_score(self.features, self.weight, self.bias, self.pool)
 
     def route(self, threshold: Tensor) -> None:  # [1] float32
         ops.route_(
@@ -88,7 +89,7 @@ class Work:
 
     def check(self, survivors: int) -> None:
         """Raise unless score and route answer as the reference."""
-        margin, label = reference.gate_score(self.features, self.weight, self.bias)
+        margin, label = reference.gate_score(self.features, self.weight, self.bias, self.pool)
         close = torch.isclose(self.margin, margin, rtol=1e-4, atol=1e-4)
         self.route(self.threshold(survivors))
         stay = self.margin < self.threshold(survivors)
@@ -145,7 +146,7 @@ def rows(gates: Sequence[GateShape], batch_sizes: Sequence[int], device: str) ->
             score = least_bytes(gate, batch_size, 0) - route_bytes(gate, batch_size, 0, blocks=1)
             for name, least, timing in zip(names, [score, *routes], measure(jobs, device), strict=True):
                 us = (1e3 * timing.median, 1e3 * timing.p20, 1e3 * timing.p80)
-                yield Row(f"{gate.network}, {gate.cut}", batch_size, name, *us, least / bytes_per_us)
+                yield Row(f"{gate.network}, {gate.cut} ({gate.pool})", batch_size, name, *us, least / bytes_per_us)
 
 
 def _bind(function: Callable[[Tensor], object], threshold: Tensor) -> Callable[[], object]:

@@ -27,7 +27,7 @@ from torch import nn
 
 from dgate_rt import backbones
 from dgate_rt.cost import stage_flops
-from dgate_rt.gate import Pool
+from dgate_rt.gate import GRIDS, Pool
 from dgate_rt.kernels.score_plan import ScorePlan, plan_score
 from dgate_rt.progress import track
 from dgate_rt.staged import as_tuple, split
@@ -73,6 +73,16 @@ class GateShape:
     pieces: int  # of the route kernel, one sample
     gflops: float  # of the stage before the gate, one sample
 
+    @property
+    def side(self) -> int:
+        """Cells a side of the grid that is read, 0 where it is none."""
+        return GRIDS.get(self.pool, 0)
+
+    @property
+    def width(self) -> int:
+        """Values of a pooled vector."""
+        return self.channels * max(1, self.side**2)
+
 
 @dataclass(frozen=True)
 class Row:
@@ -112,7 +122,7 @@ class _Network:
 
 _LAYERS, _BLOCKS = ("layer1", "layer2", "layer3"), tuple(f"features.denseblock{i}" for i in (1, 2, 3))
 NETWORKS = {
-    "CIFAR ResNet-101": _Network(lambda: backbones.build("resnet101"), _LAYERS, 32, 10),
+    "CIFAR ResNet-101": _Network(lambda: backbones.build("resnet101"), _LAYERS, 32, 10, (Pool.AVG, Pool.GRID2)),
     "CIFAR DenseNet-201": _Network(lambda: backbones.build("densenet201"), _BLOCKS, 32, 10),
     "ImageNet ResNet-50": _Network(tv.resnet50, _LAYERS, 224, 1000),
     "ImageNet ResNet-101": _Network(tv.resnet101, _LAYERS, 224, 1000),
@@ -149,7 +159,7 @@ def gate_shapes(names: Sequence[str] = tuple(NETWORKS)) -> Iterator[GateShape]:
 def least_bytes(gate: GateShape, batch_size: int, survivors: int) -> int:
     """What has to move: see the head of this file."""
     features = batch_size * gate.channels * gate.positions * ELEMENT_SIZE
-    weights = (gate.channels + 1) * gate.classes * FLOAT
+    weights = (gate.width + 1) * gate.classes * FLOAT
     return features + weights + batch_size * (FLOAT + LABEL) + route_bytes(gate, batch_size, survivors, blocks=1)
 
 
@@ -170,9 +180,8 @@ def route_blocks(gate: GateShape, batch_size: int, multiprocessors: int) -> int:
 
 def score_plan(gate: GateShape, batch_size: int, multiprocessors: int) -> ScorePlan:
     """The score's launches, for features as ResNets (channels_last) and transformers lay them out."""
-    return plan_score(
-        batch_size, gate.channels, gate.positions, gate.classes, ELEMENT_SIZE, multiprocessors, channels_adjacent=True
-    )
+    shape = batch_size, gate.channels, gate.positions // max(1, gate.side**2), gate.classes
+    return plan_score(*shape, ELEMENT_SIZE, multiprocessors, side=gate.side, channels_adjacent=True)
 
 
 def rows(

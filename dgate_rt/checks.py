@@ -58,6 +58,9 @@ def check_gate(features: Tensor, weight: Tensor, bias: Tensor, pool: str, count:
     if pool == Pool.FLAT:
         width = math.prod(shape[1:])
     elif len(shape) == 4 and (side := GRIDS.get(Pool(pool).value)):
+        if 0 in shape[2:]:
+            expected = f"a map of at least one element (pool={Pool(pool).value!r})"
+            raise ValueError(f"features: expected {expected}, got {_text(shape, features.dtype)}")
         width = shape[1] * side * side
     else:
         width = shape[2] if len(shape) == 3 else shape[1]

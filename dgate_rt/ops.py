@@ -22,7 +22,7 @@ from torch._subclasses.functional_tensor import FunctionalTensorMode
 
 from dgate_rt import reference
 from dgate_rt.checks import check_gate, check_route
-from dgate_rt.gate import GRIDS, Criterion, Pool, grid_cells
+from dgate_rt.gate import Criterion, Pool
 
 _library = torch.library.Library("dgate_rt", "DEF")
 _lock = threading.Lock()
@@ -69,14 +69,13 @@ def gate_score(
     """Score every row: ``margin = max_k (weight @ pool(features) + bias)_k``, ``label`` its argmax.
 
     With another ``criterion`` the first output is that criterion's value, see `Criterion`. Ties go to the lowest class.
-    A row with a NaN distance has a NaN margin, and so never exits. Rows at and after ``count`` are not read, but for
-    pools that are grids; their margin and label are zero.
+    A row with a NaN distance has a NaN margin, and so never exits. Rows at and after ``count`` are not read; their
+    margin and label are zero.
 
     Raises:
         ValueError: if an argument does not fit the features in shape, dtype or device, or there is no class.
     """
     check_gate(features, weight, bias, pool, count, criterion)
-    features, pool = _read_flat(features, pool)
     operator = torch.ops.dgate_rt.gate_score.default
     return call(operator, features, weight, bias, Pool(pool).value, count, Criterion(criterion).value)
 
@@ -95,15 +94,8 @@ def gate_distances(
         ValueError: as `gate_score`.
     """
     check_gate(features, weight, bias, pool, count, criterion)
-    features, pool = _read_flat(features, pool)
     operator = torch.ops.dgate_rt.gate_distances.default
     return call(operator, features, weight, bias, Pool(pool).value, count, Criterion(criterion).value)
-
-
-def _read_flat(features: Tensor, pool: Pool | str) -> tuple[Tensor, Pool | str]:
-    """Cells of a grid as a map that is read flat: the kernels know no grids."""
-    side = GRIDS.get(Pool(pool).value)
-    return (features, pool) if side is None else (grid_cells(features, side), Pool.FLAT)
 
 
 def route_(

@@ -41,6 +41,7 @@ def score(
         classes,
         features.element_size(),
         _multiprocessors(features.device),
+        side=layout.side,
         channels_adjacent=layout.channel_stride == 1,
         criterion=criterion,
         keep_distances=keep_distances,
@@ -55,6 +56,9 @@ def score(
         "C": plan.channels,
         "P": plan.positions,
         "WIDTH": layout.width,
+        "SIDE": layout.side,
+        "H": layout.image[0],
+        "W": layout.image[1],
         "ALIGN_C": layout.channel_align,
         "BLOCK_C": plan.block_c,
         "BLOCK_P": plan.block_p,
@@ -86,16 +90,16 @@ def score(
     else:
         vectors = features
         if plan.variant == "pooled":
-            vectors = features.new_empty((n, plan.channels), dtype=torch.float32)
+            vectors = features.new_empty((n, plan.width), dtype=torch.float32)
             wrap_triton(pool_kernel)[plan.pool_grid](pooled=vectors, **image, **live)
-            layout = lay_out([plan.channels], vectors.stride(), "flat")
+            layout = lay_out([plan.width], vectors.stride(), "flat")
         wrap_triton(product_kernel)[plan.grid](
             vectors=vectors,
             stride_n=layout.sample_stride,
             stride_a=layout.flat_strides[0],
             stride_b=layout.flat_strides[1],
             stride_c=layout.channel_stride,
-            C=plan.channels,
+            C=plan.width,
             B_SIZE=layout.flat_shape[0],
             C_SIZE=layout.flat_shape[1],
             TILE_N=plan.tile_n,

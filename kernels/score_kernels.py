@@ -78,41 +78,91 @@ def _store_distances(distances, row, classes, live, rows, out, K: tl.constexpr):
 
 
 @triton.jit
+def _first(cell, size: tl.constexpr, SIDE: tl.constexpr):
+    """Where a cell begins: ``cell * size / SIDE``, rounded down, and a multiple of what ``size / SIDE`` is one of."""
+    return cell * (size // SIDE) + cell * (size % SIDE) // SIDE
+
+
+@triton.jit
+def _extent(cell, size: tl.constexpr, SIDE: tl.constexpr):
+    """How long a cell is: it ends at ``(cell + 1) * size / SIDE``, rounded up."""
+    return ((cell + 1) * size + SIDE - 1) // SIDE - _first(cell, size, SIDE)
+
+
+@triton.jit
 def _pooled(
     sample,  # pointer to its features
     channel,  # [BLOCK_C]
+    used,  # [BLOCK_C] bool: the others are not read
+    cell,  # of the grid, row after row
     stride_c,
     stride_h,
     stride_p,
-    C: tl.constexpr,
     P: tl.constexpr,
     WIDTH: tl.constexpr,
+    SIDE: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
     ALIGN_C: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """Mean over all positions of some channels, [BLOCK_C] float32.
+    """Mean over all positions of some channels, or over those of one cell, [BLOCK_C] float32.
 
     ``stride_c`` counts ``ALIGN_C`` elements, so that rows of 14 x 14 are known to be aligned to 4. With ``WIDTH``,
-    position p lies at ``(p // WIDTH, p % WIDTH)``; without, at one stride.
+    position p lies at ``(p // WIDTH, p % WIDTH)``; without, at one stride. With ``SIDE``, a map of H x W has
+    SIDE x SIDE cells, as those of adaptive_avg_pool2d, and P and WIDTH are of the largest.
     """
     total = tl.zeros([BLOCK_C, BLOCK_P], tl.float32)
     at_channel = sample + (channel.to(tl.int64) * stride_c * ALIGN_C)[:, None]
+    elements = P
+    if SIDE:
+        at_channel += _first(cell // SIDE, H, SIDE).to(tl.int64) * stride_h
+        at_channel += _first(cell % SIDE, W, SIDE).to(tl.int64) * stride_p
     for start in range(0, P, BLOCK_P):
         position = start + tl.arange(0, BLOCK_P)
+        inside = used[:, None] & (position < P)[None, :]
         if WIDTH:
             place = (position // WIDTH).to(tl.int64) * stride_h + (position % WIDTH).to(tl.int64) * stride_p
         else:
             place = position.to(tl.int64) * stride_p
-        inside = (channel < C)[:, None] & (position < P)[None, :]
+        if SIDE and H % SIDE + W % SIDE > 0:  # not all cells are alike
+            rows, columns = _extent(cell // SIDE, H, SIDE), _extent(cell % SIDE, W, SIDE)
+            inside &= ((position // WIDTH < rows) & (position % WIDTH < columns))[None, :]
+            elements = rows * columns
         total += tl.load(at_channel + place[None, :], mask=inside, other=0.0).to(tl.float32)
-    return tl.sum(total, 1) / P
+    return tl.sum(total, 1) / elements
+
+
+@triton.jit
+def _block(number, C: tl.constexpr, SIDE: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Channels [BLOCK_C] of a block, which of them there are, and its cell: all blocks of a cell, then the next's."""
+    channel = tl.arange(0, BLOCK_C)
+    if SIDE:
+        blocks: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+        cell = number // blocks
+        channel += number % blocks * BLOCK_C
+        used = (channel < C) & (cell < SIDE * SIDE)
+    else:
+        cell = 0
+        channel += number * BLOCK_C
+        used = channel < C
+    return channel, used, cell
+
+
+@triton.jit
+def _value(channel, cell, SIDE: tl.constexpr):
+    """Where a pooled vector has the mean of a cell: channel after channel."""
+    place = channel
+    if SIDE:
+        place = channel * (SIDE * SIDE) + cell
+    return place
 
 
 @triton.jit(do_not_specialize=["rows"])
 def fused_kernel(
     features,  # [N, C, P]
-    weight,  # [K, C] float32
+    weight,  # [K, C * cells] float32
     bias,  # [K] float32
     count,  # [] int32, or None
     partial,  # [SPLITS, N, K] float32, or None
@@ -130,12 +180,15 @@ def fused_kernel(
     C: tl.constexpr,
     P: tl.constexpr,
     WIDTH: tl.constexpr,
+    SIDE: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
     ALIGN_C: tl.constexpr,
     K: tl.constexpr,
     CRITERION: tl.constexpr,
     KEEP: tl.constexpr,
     SPLITS: tl.constexpr,
-    BLOCKS: tl.constexpr,  # of channels, in one program
+    BLOCKS: tl.constexpr,  # of the channels of one cell after another, in one program
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
     TILE_K: tl.constexpr,
@@ -148,14 +201,15 @@ def fused_kernel(
     products = tl.zeros([TILE_K, BLOCK_C], tl.float32)
     if sample < live:
         for block in range(BLOCKS):
-            channel = (split * BLOCKS + block) * BLOCK_C + tl.arange(0, BLOCK_C)
+            channel, used, cell = _block(split * BLOCKS + block, C, SIDE, BLOCK_C)
             pooled = _pooled(
-                features + sample * stride_n, channel, stride_c, stride_h, stride_p,
-                C, P, WIDTH, ALIGN_C, BLOCK_C, BLOCK_P,
+                features + sample * stride_n, channel, used, cell, stride_c, stride_h, stride_p,
+                P, WIDTH, SIDE, H, W, ALIGN_C, BLOCK_C, BLOCK_P,
             )  # fmt: skip
             at_class = weight + (classes.to(tl.int64) * weight_stride_k)[:, None]
-            inside = (classes < K)[:, None] & (channel < C)[None, :]
-            weights = tl.load(at_class + (channel.to(tl.int64) * weight_stride_c)[None, :], mask=inside, other=0.0)
+            inside = (classes < K)[:, None] & used[None, :]
+            place = _value(channel, cell, SIDE).to(tl.int64) * weight_stride_c
+            weights = tl.load(at_class + place[None, :], mask=inside, other=0.0)
             products += weights * pooled[None, :]
     row = sample + tl.arange(0, 1)
     distance = tl.sum(products, 1)
@@ -174,7 +228,7 @@ def fused_kernel(
 def pool_kernel(
     features,  # [N, C, P]
     count,  # [] int32, or None
-    pooled,  # [N, C] float32
+    pooled,  # [N, C * cells] float32
     rows,  # N
     stride_n,
     stride_c,
@@ -183,19 +237,23 @@ def pool_kernel(
     C: tl.constexpr,
     P: tl.constexpr,
     WIDTH: tl.constexpr,
+    SIDE: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
     ALIGN_C: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """One program per (sample, block of channels); rows from ``count`` on are left as they are."""
+    """One program per (sample, block of channels, cell); rows from ``count`` on are left as they are."""
     sample = tl.program_id(0).to(tl.int64)
+    cells = tl.num_programs(2)
     if sample < _live_rows(count, rows):
-        channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+        channel, cell = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C), tl.program_id(2)
         mean = _pooled(
-            features + sample * stride_n, channel, stride_c, stride_h, stride_p,
-            C, P, WIDTH, ALIGN_C, BLOCK_C, BLOCK_P,
+            features + sample * stride_n, channel, channel < C, cell, stride_c, stride_h, stride_p,
+            P, WIDTH, SIDE, H, W, ALIGN_C, BLOCK_C, BLOCK_P,
         )  # fmt: skip
-        tl.store(pooled + sample * C + channel, mean, mask=channel < C)
+        tl.store(pooled + sample * C * cells + _value(channel, cell, SIDE), mean, mask=channel < C)
 
 
 @triton.jit(do_not_specialize=["rows"])

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from dgate_rt.gate import GRIDS
+
 Variant = Literal["fused", "pooled", "direct"]
 
 FLOAT = 4  # bytes of a float32
@@ -42,9 +44,11 @@ class Layout:
     channel_stride: int
     position_stride: int = 0
     row_stride: int = 0  # from one line of an image to the next
-    width: int = 0  # of an image; 0 where all positions lie at one stride
+    width: int = 0  # of an image or a cell; 0 where all positions lie at one stride
     flat_shape: tuple[int, int] = (0, 0)  # inner two of three sizes that make up the channels; 0 where one stride does
     flat_strides: tuple[int, int] = (0, 0)  # of the outer two; the innermost is the channel stride
+    side: int = 0  # of a grid of cells, over each of which a mean goes: positions are those of the largest
+    image: tuple[int, int] = (0, 0)  # rows and columns that the cells share
 
     @property
     def channel_align(self) -> int:
@@ -63,6 +67,10 @@ def lay_out(
         return _flat_layout(sizes, sample_stride, steps)
     if len(sizes) == 1:
         return Layout(sizes[0], 1, sample_stride, steps[0])
+    if side := GRIDS.get(pool):
+        rows, columns = (longest_cell(size, side) for size in sizes[1:])
+        where = {"row_stride": steps[1], "width": columns, "side": side, "image": (sizes[1], sizes[2])}
+        return Layout(sizes[0], rows * columns, sample_stride, steps[0], steps[2], **where)
     if len(sizes) == 2:
         return Layout(sizes[1], 1 if pool == "cls" else sizes[0], sample_stride, steps[1], steps[0])
     (channels, height, width), (channel_stride, row_stride, position_stride) = sizes, steps
@@ -71,6 +79,11 @@ def lay_out(
     one_stride = height == 1 or row_stride == width * position_stride
     image = (0, 0) if one_stride else (row_stride, width)
     return Layout(channels, height * width, sample_stride, channel_stride, position_stride, *image)
+
+
+def longest_cell(size: int, side: int) -> int:
+    """Elements along the longest of so many cells, each of which begins rounded down and ends rounded up."""
+    return max(ceil_div((cell + 1) * size, side) - cell * size // side for cell in range(side))
 
 
 def _flat_layout(sizes: Sequence[int], sample_stride: int, steps: Sequence[int]) -> Layout:
@@ -110,6 +123,7 @@ class ScorePlan:
     n: int
     channels: int
     positions: int
+    cells: int  # of a grid, each of so many positions; 1 without
     classes: int
     element_size: int
     statistics: int  # float32 values of a row in a tile of classes: 1, or 3 with the sums of softmax and entropy
@@ -130,9 +144,14 @@ class ScorePlan:
         return ceil_div(self.classes, self.tile_k)
 
     @property
+    def width(self) -> int:
+        """Values of a pooled vector."""
+        return self.channels * self.cells
+
+    @property
     def blocks_per_split(self) -> int:
-        """Blocks of ``tile_c`` channels that one program goes through."""
-        return ceil_div(ceil_div(self.channels, self.tile_c), self.splits)
+        """Blocks of ``tile_c`` values that one program goes through."""
+        return ceil_div(_blocks(self.variant, self.channels, self.cells, self.tile_c), self.splits)
 
     @property
     def combines(self) -> bool:
@@ -145,8 +164,8 @@ class ScorePlan:
         return self.sample_tiles, self.class_tiles, self.splits
 
     @property
-    def pool_grid(self) -> tuple[int, int]:
-        return self.n, ceil_div(self.channels, self.block_c)
+    def pool_grid(self) -> tuple[int, int, int]:
+        return self.n, ceil_div(self.channels, self.block_c), self.cells
 
     @property
     def product_warps(self) -> int:
@@ -191,11 +210,11 @@ class ScorePlan:
             return 0
         live = self.n if live is None else max(0, min(live, self.n))
         sample_tiles, class_tiles = ceil_div(live, self.tile_n), self.class_tiles
-        features = live * self.channels * self.positions * self.element_size
-        weights = (self.classes * self.channels + self.classes) * FLOAT * (sample_tiles if requested else live > 0)
+        features = live * self.width * self.positions * self.element_size
+        weights = (self.classes * self.width + self.classes) * FLOAT * (sample_tiles if requested else live > 0)
         pooled = 0
         if self.variant == "pooled":  # written, and read by each tile of classes
-            pooled = live * self.channels * FLOAT * (1 + (class_tiles if requested else 1))
+            pooled = live * self.width * FLOAT * (1 + (class_tiles if requested else 1))
         elif requested:
             features *= class_tiles
         partials = 0
@@ -210,11 +229,12 @@ class ScorePlan:
 def plan_score(
     n: int,  # rows, live or not
     channels: int,  # C; with pool='flat' all that a sample has
-    positions: int,  # over which the mean goes; 1 if there is none
+    positions: int,  # over which a mean goes; 1 if there is none
     classes: int,
     element_size: int,  # bytes of a feature
     sms: int,  # multiprocessors of the GPU
     *,
+    side: int = 0,  # of a grid of cells, each of so many positions
     channels_adjacent: bool = False,
     criterion: str = "margin",
     keep_distances: bool = False,
@@ -226,8 +246,9 @@ def plan_score(
     then blocks are wide in channels, else in positions. ``variant`` forces one, for tests and benches; ``direct`` needs
     one position.
     """
+    cells = max(1, side * side)
     if variant is None:
-        variant = _choose_variant(positions, classes, element_size)
+        variant = _choose_variant(positions, cells, classes, element_size)
     adjacent = LINE // element_size if channels_adjacent else None
     block_c, block_p = _feature_block(channels, positions, classes, adjacent)
     if variant == "fused":
@@ -237,8 +258,8 @@ def plan_score(
         tile_c = 16 if tile_n * tile_k > 1024 else 64  # 4 x 4 distances a thread: more channels would spill
     programs = max(1, ceil_div(n, tile_n) * ceil_div(classes, tile_k))
     wanted = PROGRAMS_PER_SM * sms if variant == "fused" else sms
-    read = n * channels * positions * element_size + classes * channels * FLOAT
-    blocks = max(1, ceil_div(channels, tile_c))
+    read = n * channels * cells * positions * element_size + classes * channels * cells * FLOAT
+    blocks = max(1, _blocks(variant, channels, cells, tile_c))
     splits = min(
         wanted // programs,
         blocks,
@@ -250,6 +271,7 @@ def plan_score(
         n=n,
         channels=channels,
         positions=positions,
+        cells=cells,
         classes=classes,
         element_size=element_size,
         statistics=1 if criterion == "margin" else 3,
@@ -263,8 +285,13 @@ def plan_score(
     )
 
 
-def _choose_variant(positions: int, classes: int, element_size: int) -> Variant:
-    if positions == 1:
+def _blocks(variant: Variant, channels: int, cells: int, tile_c: int) -> int:
+    """Blocks of a pooled vector; a fused program reads the features of one cell at a time."""
+    return cells * ceil_div(channels, tile_c) if variant == "fused" else ceil_div(channels * cells, tile_c)
+
+
+def _choose_variant(positions: int, cells: int, classes: int, element_size: int) -> Variant:
+    if positions == cells == 1:
         return "direct"
     cheap_weights = classes * FLOAT <= 2 * positions * element_size
     return "fused" if cheap_weights and classes <= MAX_FUSED_CLASSES else "pooled"

@@ -28,7 +28,7 @@ def test_the_command_times_score_and_routes(tmp_path: Path, capsys: pytest.Captu
     rows = json.loads((tmp_path / "gates.json").read_text())["rows"]
     assert [row["operator"] for row in rows] == ["score", "route, keeps 0%", "route, keeps 50%", "route, keeps 100%"]
     assert all(row["us"] > 0 and row["floor_us"] > 0 for row in rows)
-    assert "| net, cut | 32 | score |" in capsys.readouterr().out
+    assert "| net, cut (avg) | 32 | score |" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("small")

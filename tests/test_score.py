@@ -13,7 +13,6 @@ import pytest
 import torch
 from tensors import (
     DTYPES,
-    GRIDS,
     LAYOUTS,
     POOLS,
     REFUSAL,
@@ -40,7 +39,7 @@ pytestmark = [
 @pytest.mark.parametrize("n", [0, 1, 31, 129])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
-@pytest.mark.parametrize(("pool", "rank"), [*POOLS, *GRIDS])
+@pytest.mark.parametrize(("pool", "rank"), POOLS)
 def test_scores_are_the_reference(pool: str, rank: str, dtype: torch.dtype, layout: str, n: int) -> None:
     features = make(n, SHAPES[rank], dtype, layout)
     weight, bias = make_gate(features, 10, pool)
@@ -95,7 +94,7 @@ def test_weight_and_bias_may_be_strided() -> None:
 
 
 @pytest.mark.parametrize("count", [0, 1, 17, 31])
-@pytest.mark.parametrize(("pool", "rank"), [*POOLS, *GRIDS])
+@pytest.mark.parametrize(("pool", "rank"), POOLS)
 def test_rows_from_count_on_are_not_read_and_zero(pool: str, rank: str, count: int) -> None:
     features = make(31, SHAPES[rank])
     weight, bias = make_gate(features, 10, pool)

@@ -57,6 +57,10 @@ CASES = {
     "cls": case((1024, 197, 768), 1000, pool="cls", criterion="softmax"),
     "cls, few": case((64, 197, 768), 1000, "float32", pool="cls", keep_distances=True),
     "vectors": case((1024, 2048), 10, "float16", criterion="entropy"),
+    "grid": case((256, 256, 32, 32), 10, "float32", pool="grid2", archs=ARCHS),
+    "grid, channels_last": case((32, 512, 16, 16), 10, channels_last=True, pool="grid4", criterion="softmax"),
+    "grid, pooled, overlapping cells": case((256, 1024, 7, 7), 1000, pool="grid2"),
+    "grid, pooled, channels_last": case((32, 512, 28, 28), 1000, "float16", True, pool="grid4", criterion="entropy"),
     "flat, split": case((32, 512, 7, 7), 100, pool="flat", criterion="softmax", keep_distances=True),
     "flat, channels_last": case((256, 512, 7, 7), 1000, "float32", True, pool="flat"),
 }
@@ -97,6 +101,9 @@ def test_no_kernel_spills_or_takes_more_registers_than_its_budget(compiled: list
         ("ImageNet, large tiles", "pool_kernel", 8),  # planes of 14 x 14 are aligned to 4 elements
         ("ImageNet, channels_last", "pool_kernel", 16),
         ("tokens", "pool_kernel", 16),
+        ("grid", "fused_kernel", 16),
+        ("grid, channels_last", "fused_kernel", 16),
+        ("grid, pooled, channels_last", "pool_kernel", 16),
         ("cls", "product_kernel", 16),
     ],
 )
@@ -131,6 +138,16 @@ def test_memory_moved_is_within_a_twentieth_of_the_least(network: str, n: int, c
             assert plan.memory_bytes() <= plan.l2_bytes() <= 2 * plan.memory_bytes(), plan
 
 
+def test_the_cells_of_a_grid_take_no_more_memory_than_the_map_and_their_weights() -> None:
+    for side in (2, 4):
+        plan, whole = (
+            plan_score(256, 256, 1024 // side**2, 10, 2, 132, side=side),
+            plan_score(256, 256, 1024, 10, 2, 132),
+        )
+        assert (plan.variant, plan.width) == ("fused", 256 * side**2)
+        assert plan.memory_bytes() - whole.memory_bytes() == 4 * 10 * 256 * (side**2 - 1)
+
+
 def test_dead_rows_move_only_their_zeros() -> None:
     plan = plan_score(100, 256, 1024, 10, 2, 132)
     assert plan.memory_bytes(live=0) == 100 * 12
@@ -143,12 +160,16 @@ def test_dead_rows_move_only_their_zeros() -> None:
 def test_a_plan_covers_every_row_class_and_channel(variant: Any, sms: int) -> None:
     for n, channels, positions, classes in ((1, 1, 2, 1), (31, 37, 15, 10), (1000, 2048, 49, 128), (5, 0, 4, 3)):
         for adjacent in (False, True):
-            plan = plan_score(n, channels, positions, classes, 2, sms, channels_adjacent=adjacent, variant=variant)
-            rows, tiles, splits = plan.grid
-            assert (rows * plan.tile_n >= n, tiles * plan.tile_k >= classes) == (True, True), plan
-            assert splits * plan.blocks_per_split * plan.tile_c >= channels, plan
-            assert (splits - 1) * plan.blocks_per_split * plan.tile_c < max(1, channels), plan  # none is idle
-            assert plan.block_c * plan.block_p <= 4096, plan
+            for side in (0, 2, 4):
+                options: Any = {"side": side, "channels_adjacent": adjacent, "variant": variant}
+                plan = plan_score(n, channels, positions, classes, 2, sms, **options)
+                rows, tiles, splits = plan.grid
+                assert (rows * plan.tile_n >= n, tiles * plan.tile_k >= classes) == (True, True), plan
+                a_cell = -(-channels // plan.tile_c)
+                blocks = a_cell * plan.cells if variant == "fused" else -(-channels * plan.cells // plan.tile_c)
+                assert splits * plan.blocks_per_split >= blocks, plan
+                assert (splits - 1) * plan.blocks_per_split < max(1, blocks), plan  # none is idle
+                assert plan.block_c * plan.block_p <= 4096, plan
 
 
 @pytest.mark.parametrize(
@@ -161,6 +182,15 @@ def test_a_plan_covers_every_row_class_and_channel(variant: Any, sms: int) -> No
         ((64, 1, 5), (9999, 100, 77, 3), "avg", {"positions": 5, "position_stride": 3, "width": 0}),
         ((197, 768), (151296, 768, 1), "avg", {"channels": 768, "positions": 197, "position_stride": 768}),
         ((197, 768), (151296, 768, 1), "cls", {"channels": 768, "positions": 1, "channel_stride": 1}),
+        (
+            (64, 32, 32),
+            (65536, 1, 2048, 64),
+            "grid2",
+            {"channels": 64, "positions": 256, "width": 16, "row_stride": 2048},
+        ),
+        ((64, 7, 5), (2240, 35, 5, 1), "grid2", {"positions": 4 * 3, "width": 3, "side": 2, "image": (7, 5)}),
+        ((64, 3, 1), (192, 3, 1, 1), "grid4", {"positions": 2, "width": 1, "side": 4, "image": (3, 1)}),
+        ((64,), (64, 1), "grid4", {"channels": 64, "positions": 1, "side": 0}),
         ((64, 4, 5), (1280, 20, 5, 1), "flat", {"channels": 1280, "channel_stride": 1, "flat_shape": (0, 0)}),
         ((64, 4, 5), (1280, 1, 320, 64), "flat", {"flat_shape": (4, 5), "flat_strides": (1, 320)}),
         ((4, 5), (99, 20, 2), "flat", {"channel_stride": 2, "flat_shape": (4, 5), "flat_strides": (0, 20)}),

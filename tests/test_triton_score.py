@@ -122,6 +122,11 @@ def test_any_number_of_rows_will_do(pool: str, rank: str, n: int) -> None:
         (2, (197, 24), 1000, "cls"),
         (3, (9, 4, 5), 1000, "flat"),
         (2, (70, 5, 1), 10, "avg"),
+        (3, (40, 9, 9), 1, "grid2"),
+        (2, (33, 7, 8), 100, "grid4"),
+        (2, (19, 3, 3), 1000, "grid2"),
+        (2, (6, 33, 35), 3, "grid2"),
+        (2, (70, 5, 1), 10, "grid4"),
     ],
     ids=str,
 )
@@ -144,6 +149,7 @@ def test_every_variant_gives_the_same(layout: str, variant: str, monkeypatch: py
         divide(monkeypatch, division, variant)
         for criterion in CRITERIA:
             check(*small("avg", "4d", 3, 70, layout=layout), count=2, criterion=criterion)
+            check(*small("grid2", "4d", 3, 70, layout=layout), "grid2", 2, criterion)
 
 
 @pytest.mark.parametrize("variant", ["fused", "pooled"])
@@ -295,6 +301,8 @@ def check_corpus(monkeypatch: pytest.MonkeyPatch) -> None:
         ("channels", (20, 2, 3), "flat", None),
         ("whole", (20, 3, 5), "avg", "fused"),
         ("classes", (5, 37), "cls", None),
+        ("channels", (12, 7, 5), "grid2", "fused"),
+        ("classes", (12, 3, 3), "grid4", "pooled"),
     ):
         divide(monkeypatch, division, variant)
         features = guarded(make(3, shape, layout="slice"))
@@ -312,7 +320,14 @@ def check_corpus(monkeypatch: pytest.MonkeyPatch) -> None:
 
 MUTANTS = {
     "position mask": ("& (position < P)[None, :]", "& (position < P + 1)[None, :]"),
-    "channel mask of features": ("(channel < C)[:, None] & (position", "(channel < C + 1)[:, None] & (position"),
+    "channel mask of features": ("used = channel < C\n", "used = channel < C + 1\n"),
+    "channel mask of the pool kernel": ("channel, channel < C, cell", "channel, channel < C + 1, cell"),
+    "cells begin too late": ("+ cell * (size % SIDE)", "+ SIDE * (size % SIDE)"),
+    "cells end too early": ("((cell + 1) * size + SIDE - 1) // SIDE", "(cell + 1) * size // SIDE"),
+    "row mask of a cell": ("(position // WIDTH < rows)", "(position // WIDTH < rows + 1)"),
+    "column mask of a cell": ("(position % WIDTH < columns)", "(position % WIDTH < columns + 1)"),
+    "cells one channel after another": ("channel * (SIDE * SIDE) + cell", "cell * C + channel"),
+    "a block behind the last cell": ("(channel < C) & (cell < SIDE * SIDE)", "channel < C"),
     "channel mask of a product": ("(row < live)[:, None] & (channel < C)[None, :]", "(row < live)[:, None]"),
     "class mask": ("(classes < K)[None, :], distances, float", "(classes < K + 1)[None, :], distances, float"),
     "count of the fused kernel": ("if sample < live:\n        for", "if sample < rows:\n        for"),

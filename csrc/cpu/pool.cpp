@@ -69,34 +69,79 @@ DGATE_INLINE void add_rows(const T* values, int64_t rows, int64_t stride, int64_
   }
 }
 
+constexpr int64_t kTotals = 1024;  // sums that are held at a time
+
+// out[c * step] = the mean of channel c over height x width elements from `corner` on.
 template <class T>
-DGATE_INLINE void mean(const Features& features, const T* sample, int64_t first, int64_t last, float* out) {
-  int64_t height = features.size[1], width = features.size[2];
+DGATE_INLINE void mean(const Features& features, const T* corner, int64_t height, int64_t width, int64_t first,
+                       int64_t last, float* out, int64_t step) {
   const int64_t channel_stride = features.stride[0], row_stride = features.stride[1], stride = features.stride[2];
   const float elements = static_cast<float>(height * width);
-  if (height == 1 || row_stride == width * stride) {  // the whole map is one run
+  if (height == 1 || row_stride == width * stride) {  // all of it is one run
     width *= height;
     height = 1;
   }
   if (channel_stride == 1 && stride != 1) {
-    std::fill(out + first, out + last, 0.0f);
-    for (int64_t h = 0; h < height; ++h) {
-      add_rows(sample + h * row_stride + first, width, stride, last - first, out + first);
+    float totals[kTotals];
+    for (int64_t start = first; start < last; start += kTotals) {
+      const int64_t length = std::min(kTotals, last - start);
+      std::fill(totals, totals + length, 0.0f);
+      for (int64_t h = 0; h < height; ++h) add_rows(corner + h * row_stride + start, width, stride, length, totals);
+      for (int64_t c = 0; c < length; ++c) out[(start + c) * step] = totals[c] / elements;
     }
-    for (int64_t c = first; c < last; ++c) out[c] /= elements;
     return;
   }
   for (int64_t c = first; c < last; ++c) {
     float total = 0;
     for (int64_t h = 0; h < height; ++h) {
-      const T* row = sample + c * channel_stride + h * row_stride;
+      const T* row = corner + c * channel_stride + h * row_stride;
       if (stride == 1) {
         total += sum(row, width);
       } else {
         for (int64_t w = 0; w < width; ++w) total += widen(row[w * stride]);
       }
     }
-    out[c] = total / elements;
+    out[c * step] = total / elements;
+  }
+}
+
+// Where a cell of a grid begins and ends, as those of adaptive_avg_pool2d: rounded outwards, so that cells may overlap.
+DGATE_INLINE int64_t begin_of(int64_t cell, int64_t size, int64_t side) { return cell * size / side; }
+DGATE_INLINE int64_t end_of(int64_t cell, int64_t size, int64_t side) { return ((cell + 1) * size + side - 1) / side; }
+
+// The means of one plane whose rows are runs: rows are added up first, since those of a cell are too short for SIMD.
+template <class T>
+DGATE_INLINE void means_of_plane(const Features& features, const T* plane, float* out) {
+  const int64_t side = features.side, height = features.size[1], width = features.size[2];
+  float totals[kTotals];
+  for (int64_t y = 0; y < side; ++y) {
+    const int64_t top = begin_of(y, height, side), bottom = end_of(y, height, side);
+    std::fill(totals, totals + width, 0.0f);
+    add_rows(plane + top * features.stride[1], bottom - top, features.stride[1], width, totals);
+    for (int64_t x = 0; x < side; ++x) {
+      const int64_t left = begin_of(x, width, side), right = end_of(x, width, side);
+      const float elements = static_cast<float>((bottom - top) * (right - left));
+      out[y * side + x] = sum(totals + left, right - left) / elements;
+    }
+  }
+}
+
+template <class T>
+DGATE_INLINE void means(const Features& features, const T* sample, int64_t first, int64_t last, float* out) {
+  const int64_t side = features.side, height = features.size[1], width = features.size[2];
+  if (side > 1 && features.stride[2] == 1 && width <= kTotals) {
+    for (int64_t c = first; c < last; ++c) {
+      means_of_plane(features, sample + c * features.stride[0], out + c * side * side);
+    }
+    return;
+  }
+  for (int64_t y = 0; y < side; ++y) {
+    for (int64_t x = 0; x < side; ++x) {
+      const int64_t top = begin_of(y, height, side), left = begin_of(x, width, side);
+      const T* corner = sample + top * features.stride[1] + left * features.stride[2];
+      mean(features, corner, end_of(y, height, side) - top, end_of(x, width, side) - left, first, last,
+           out + y * side + x, side * side);
+    }
   }
 }
 
@@ -120,8 +165,8 @@ DGATE_INLINE void unroll(const Features& features, const T* sample, int64_t firs
 template <class T>
 DGATE_INLINE void pool_elements(const Features& features, int64_t sample, int64_t first, int64_t last, float* out) {
   const T* values = static_cast<const T*>(features.data) + sample * features.sample_stride;
-  if (features.mean) {
-    mean(features, values, first, last, out);
+  if (features.side) {
+    means(features, values, first, last, out);
   } else {
     unroll(features, values, first, last, out);
   }

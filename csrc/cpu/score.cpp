@@ -29,25 +29,27 @@ Element element_of(const Tensor& features) {
 // [N, C], [N, T, C] and [N, C, H, W] as channels x height x width.
 Features view_features(const Tensor& features, const std::string& pool) {
   const int64_t rank = features.dim();
-  const bool avg = pool == "avg", cls = pool == "cls";
-  DGATE_CHECK(avg || cls || pool == "flat", "pool: expected 'avg', 'cls' or 'flat', got '", pool, "'");
+  const bool cls = pool == "cls", flat = pool == "flat";
+  const int64_t side = pool == "avg" ? 1 : pool == "grid2" ? 2 : pool == "grid4" ? 4 : 0;
+  DGATE_CHECK(side || cls || flat, "pool: expected 'avg', 'cls', 'flat', 'grid2' or 'grid4', got '", pool, "'");
   DGATE_CHECK(features.is_cpu(), "features: expected a tensor on cpu, got one on ", place_of(features));
-  DGATE_CHECK(cls ? rank == 3 : 2 <= rank && rank <= 4, "features: pool='", pool, "' expects rank ",
-              cls ? "3" : "2, 3 or 4", ", got ", describe(features));
+  const bool fits = cls ? rank == 3 : side > 1 ? rank == 2 || rank == 4 : 2 <= rank && rank <= 4;
+  const char* ranks = cls ? "3" : side > 1 ? "2 or 4" : "2, 3 or 4";
+  DGATE_CHECK(fits, "features: pool='", pool, "' expects rank ", ranks, ", got ", describe(features));
   DGATE_CHECK(!cls || features.size(1) > 0, "features: pool='cls' expects at least one token, got ",
               describe(features));
   Features view{
-      features.const_data_ptr(), element_of(features), avg && rank > 2, features.stride(0), {1, 1, 1}, {1, 1, 1}};
+      features.const_data_ptr(), element_of(features), rank > 2 ? side : 0, features.stride(0), {1, 1, 1}, {1, 1, 1}};
   const auto axis = [&](int to, int64_t from) {
     view.size[to] = features.size(from);
     view.stride[to] = features.stride(from);
   };
-  if (avg && rank == 3) {
+  if (view.side && rank == 3) {
     axis(0, 2);
     axis(2, 1);
   } else if (cls) {
     axis(2, 2);
-  } else if (!avg && features.is_contiguous()) {
+  } else if (!view.side && features.is_contiguous()) {
     for (int64_t dim = 1; dim < rank; ++dim) view.size[2] *= features.size(dim);
   } else {
     for (int64_t dim = 1; dim < rank; ++dim) axis(static_cast<int>(3 - rank + dim), dim);
@@ -74,11 +76,12 @@ void score_rows(const Features& features, const Linear& gate, Criterion criterio
     pooled = static_cast<const float*>(features.data) + first * features.sample_stride;
     pooled_stride = features.sample_stride;
   } else {
-    const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, features.elements_per_output()));
-    torch::stable::parallel_for(0, rows * width, grain, [&](int64_t begin, int64_t end) {
+    const int64_t units = features.units();
+    const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, features.elements_per_unit()));
+    torch::stable::parallel_for(0, rows * units, grain, [&](int64_t begin, int64_t end) {
       while (begin < end) {
-        const int64_t row = begin / width, start = begin % width;
-        const int64_t stop = std::min(width, start + end - begin);
+        const int64_t row = begin / units, start = begin % units;
+        const int64_t stop = std::min(units, start + end - begin);
         pool(features, first + row, start, stop, scratch + row * width);
         begin += stop - start;
       }
