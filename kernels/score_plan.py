@@ -67,13 +67,13 @@ def lay_out(
         return _flat_layout(sizes, sample_stride, steps)
     if len(sizes) == 1:
         return Layout(sizes[0], 1, sample_stride, steps[0])
-    if side := GRIDS.get(pool):
-        rows, columns = (longest_cell(size, side) for size in sizes[1:])
-        where = {"row_stride": steps[1], "width": columns, "side": side, "image": (sizes[1], sizes[2])}
-        return Layout(sizes[0], rows * columns, sample_stride, steps[0], steps[2], **where)
     if len(sizes) == 2:
         return Layout(sizes[1], 1 if pool == "cls" else sizes[0], sample_stride, steps[1], steps[0])
     (channels, height, width), (channel_stride, row_stride, position_stride) = sizes, steps
+    if side := GRIDS.get(pool):
+        rows, columns = longest_cell(height, side), longest_cell(width, side)
+        grid = {"row_stride": row_stride, "width": columns, "side": side, "image": (height, width)}
+        return Layout(channels, rows * columns, sample_stride, channel_stride, position_stride, **grid)
     if width == 1:
         height, width, position_stride = 1, height, row_stride
     one_stride = height == 1 or row_stride == width * position_stride

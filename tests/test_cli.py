@@ -54,7 +54,9 @@ def made(tmp_path_factory) -> types.SimpleNamespace:
     with pytest.MonkeyPatch.context() as patch:  # or machines that multiply bfloat16 get another network
         patch.setattr(pretrain, "native_bfloat16", lambda device: False)
         trained = dgate("train", *network, "--epochs", 6, "--lr", 0.1, "--no-augment", "-b", 32, "-o", net, "--json")
-    fitted = dgate("fit", net, "--at", "layer1, layer2", "--epochs", 2, "--polish", 20, "-o", gates, "--json")
+    fitted = dgate(
+        "fit", net, "--at", "layer1, layer2", "--epochs", 2, "--polish", 20, "--pool", "avg", "-o", gates, "--json"
+    )
     chosen = dgate("calibrate", gates, net, "--max-drop", 0.02, "-o", program, "--json")
     printed = {"train": trained, "fit": fitted, "calibrate": chosen}
     return types.SimpleNamespace(folder=folder, net=net, gates=gates, program=program, printed=printed)
@@ -137,6 +139,15 @@ def test_train_says_what_it_made(made):
     assert (result["name"], result["in_channels"], result["image_size"]) == ("resnet18", 1, 8)
     assert 0 <= result["accuracy"] <= 1
     assert len(result["epochs"]) == 6
+
+
+def test_gates_read_from_the_shell_what_they_read_in_python():
+    import inspect
+
+    from dgate_rt.cli import pipeline
+
+    default = inspect.signature(pipeline.fit).parameters["pool"].default
+    assert default.value == inspect.signature(dgate_rt.fit).parameters["pool"].default.value
 
 
 def test_fitted_gates_are_off(made):
