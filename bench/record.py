@@ -12,7 +12,7 @@ from dgate_rt.bench.workload import Mix
 from dgate_rt.timing import Timing, commit, machine_header
 from dgate_rt.writing import finite, whole_file
 
-SAME = ("cpu", "cores", "torch_threads", "gpu", "torch")
+SAME = ("cpu", "kernels", "bfloat16", "cores", "torch_threads", "gpu", "torch")
 """What must agree of the machine where results are resumed."""
 
 
@@ -67,7 +67,7 @@ class Results:
             return
         try:
             kept = json.loads(path.read_text())
-            there, here = ([found["machine"][name] for name in SAME] for found in (kept, self._found))
+            there, here = ([found["machine"].get(name) for name in SAME] for found in (kept, self._found))
             groups = kept["groups"]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"output: expected results of dgate bench in {path}, got something else") from error
