@@ -59,9 +59,9 @@ class Results:
         ValueError: if the file is none of ours, or comes from another machine.
     """
 
-    def __init__(self, path: Path | None, command: Sequence[str]) -> None:
+    def __init__(self, path: Path | None, command: str) -> None:
         self._path = path
-        self._command = " ".join(command)
+        self._command = command
         self._found: dict[str, Any] = {"machine": machine_header(), "groups": {}}
         if path is None or not path.exists():
             return

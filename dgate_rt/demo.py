@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -119,7 +120,7 @@ def run_demo(
         steps.seconds,
         tuple(steps.reused),
     )
-    command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
     with steps.step("report"):
         graph, missing = simulated_graph(next(iter(programs.values())), BATCH_SIZE)
         write_report(

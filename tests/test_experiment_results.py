@@ -54,7 +54,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def records(bench) -> dict:
-    return {name: record.run(find(name), bench, options, ["dgate", name]) for name, options in OPTIONS.items()}
+    return {name: record.run(find(name), bench, options, f"dgate {name}") for name, options in OPTIONS.items()}
 
 
 def test_every_experiment_is_covered():
@@ -66,7 +66,7 @@ def test_a_seed_decides_every_bit(records, bench, tmp_path):
     shutil.copy(bench.folder / "network.safetensors", tmp_path)
     again = Workbench(tmp_path, training=bench.training, **TINY)
     for name, options in OPTIONS.items():
-        fresh = record.run(find(name), again, options, ["dgate", name])["result"]
+        fresh = record.run(find(name), again, options, f"dgate {name}")["result"]
         expected = copy.deepcopy(records[name]["result"])
         for result in (fresh, expected):
             if result.pop("times", None):
@@ -107,10 +107,10 @@ def test_interrupted_losses_go_on(bench, tmp_path, monkeypatch, records):
     fuse = Fuse(curves.search_frontier, 5)
     monkeypatch.setattr(curves, "search_frontier", fuse)
     with pytest.raises(Interrupted):
-        record.run(find("losses"), again, OPTIONS["losses"], ["dgate"])
+        record.run(find("losses"), again, OPTIONS["losses"], "dgate")
     assert not (tmp_path / "losses.json").exists()
     fuse.left = 100
-    resumed = record.run(find("losses"), again, OPTIONS["losses"], ["dgate"])
+    resumed = record.run(find("losses"), again, OPTIONS["losses"], "dgate")
     assert fuse.made == 2 * 4 * 3
     assert resumed["result"] == records["losses"]["result"]
 
@@ -143,7 +143,7 @@ def test_points_keep_to_their_drops(records):
 
 def test_points_are_timed_once(bench, records, monkeypatch):
     monkeypatch.setattr(points, "interleaved", Fuse(points.interleaved, 0))
-    again = record.run(find("points"), bench, OPTIONS["points"], ["dgate"])
+    again = record.run(find("points"), bench, OPTIONS["points"], "dgate")
     assert again["result"] == records["points"]["result"]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ _FORMAT = "dgate_rt.experiment"
 _DIGITS = 6
 
 
-def run(experiment: Experiment, bench: Workbench, options: Any, command: Sequence[str]) -> Record:
+def run(experiment: Experiment, bench: Workbench, options: Any, command: str) -> Record:
     """Run an experiment and keep its record in the folder of the workbench, whole or not at all.
 
     For one machine and one commit the settings and options decide every number of the result, but for measured times:
@@ -42,7 +42,7 @@ def run(experiment: Experiment, bench: Workbench, options: Any, command: Sequenc
     record = {
         "format": _FORMAT,
         "experiment": experiment.name,
-        "command": " ".join(command),
+        "command": command,
         "commit": commit(),
         "machine": machine_header(),
         "versions": {"dgate_rt": dgate_rt.__version__, "numpy": np.__version__},
