@@ -12,11 +12,15 @@ from typing import Any, TextIO
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Where to write what shall be at ``path``: it gets its name when everything is in it."""
+    """Where to write what shall be at ``path``: it gets its name when everything is in it, and goes after an error."""
     if not path.parent.is_dir():
         raise FileNotFoundError(f"path: no such folder: {path.parent}")
     partial = path.with_name(f"{path.name}.partial")
-    yield partial
+    try:
+        yield partial
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
     os.replace(partial, path)
 
 
