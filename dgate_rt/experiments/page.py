@@ -22,6 +22,7 @@ from dgate_rt.drawing import standalone
 from dgate_rt.experiments import record
 from dgate_rt.experiments.experiment import NAMES, Experiment, Table, find
 from dgate_rt.experiments.record import Record
+from dgate_rt.gate import Pool
 from dgate_rt.writing import whole_file
 
 TITLE = "Experiments"
@@ -192,8 +193,10 @@ def _html(block: Block) -> str:
 
 
 def _on(found: Record) -> str:
-    s = found["settings"]
-    return f"{s['backbone']}, width {s['width']:g}, {s['data']} at {s['image_size']} pixels"
+    """Network and images, and what gates read; before they could be told otherwise all read one mean."""
+    s, pool = found["settings"], found["options"].get("pool", Pool.AVG.value)
+    gates = "" if found["experiment"] == "pools" else f", gates read {pool}"
+    return f"{s['backbone']}, width {s['width']:g}, {s['data']} at {s['image_size']} pixels{gates}"
 
 
 def _by(found: Record) -> str:
