@@ -71,8 +71,10 @@ class Results:
             groups = kept["groups"]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"output: expected results of dgate bench in {path}, got something else") from error
-        if there != here:
-            raise ValueError(f"output: expected results of this machine in {path}, {here}, got {there}; move it away")
+        differ = [f"{n} {h}, got {t}" for n, h, t in zip(SAME, here, there, strict=True) if h != t]
+        if differ:
+            wanted = "; ".join(differ)
+            raise ValueError(f"output: expected results of this machine in {path}, with {wanted}; move it away")
         self._found["groups"] = groups
 
     def __contains__(self, name: str) -> bool:

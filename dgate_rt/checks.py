@@ -57,7 +57,7 @@ def check_gate(features: Tensor, weight: Tensor, bias: Tensor, pool: str, count:
         raise ValueError(f"features: pool='cls' expects at least one token, got {_text(shape, features.dtype)}")
     if pool == Pool.FLAT:
         width = math.prod(shape[1:])
-    elif len(shape) == 4 and (side := GRIDS.get(Pool(pool).value)):
+    elif len(shape) == 4 and shape[2] * shape[3] != 1 and (side := GRIDS.get(Pool(pool).value)):
         if 0 in shape[2:]:
             expected = f"a map of at least one element (pool={Pool(pool).value!r})"
             raise ValueError(f"features: expected {expected}, got {_text(shape, features.dtype)}")

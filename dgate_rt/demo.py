@@ -26,6 +26,7 @@ from dgate_rt.calibrate import calibrate
 from dgate_rt.compiling import compile
 from dgate_rt.data import DataBundle
 from dgate_rt.executors import Predictions
+from dgate_rt.gate import DEFAULT_POOL
 from dgate_rt.program import GateProgram, load
 from dgate_rt.progress import track
 from dgate_rt.report import TableRow, configuration, console_table, simulated_graph, write_report
@@ -98,7 +99,7 @@ def run_demo(
             backbones.save_backbone(backbone, *pretrain.train_recipe(recipe, bundle, seed=seed, progress=progress))
     model, meta = backbones.load_backbone(backbone)
     model.to(memory_format=torch.channels_last)
-    with steps.step("gates", {**key, "drops": dict(DROPS)}, list(paths.values())) as there:
+    with steps.step("gates", {**key, "drops": dict(DROPS), "pool": DEFAULT_POOL.value}, list(paths.values())) as there:
         staged = split(model, at=backbones.default_cuts(meta.name), example=bundle.test[0][0][None])
         if not there:
             _save_programs(staged, bundle, paths, seed, progress)

@@ -24,7 +24,7 @@ class Pool(str, Enum):
     """Every value, in ``flatten(1)`` order; width the product of the sample's shape."""
     GRID2 = "grid2"
     """Mean over each cell of a 2x2 grid of ``[N, C, H, W]``, channel after channel; width 4 C. Of tokens, which have no
-    rows and columns, what ``avg`` takes; ``[N, C]`` as it is."""
+    rows and columns, and of maps of one element what ``avg`` takes; ``[N, C]`` as it is."""
     GRID4 = "grid4"
     """The same of a 4x4 grid; width 16 C."""
 
@@ -56,7 +56,7 @@ def pool_features(
         raise ValueError(f"features: pool={pool.value!r} expects rank {wanted}, got shape {got}")
     if pool is Pool.FLAT or features.ndim == 2:
         return features.flatten(1).float()
-    if features.ndim == 4 and pool.value in GRIDS:
+    if pool.value in GRIDS and features.ndim == 4 and features.shape[2] * features.shape[3] != 1:
         return nn.functional.adaptive_avg_pool2d(features.float(), GRIDS[pool.value]).flatten(1)
     if pool is Pool.CLS:
         return features[:, 0].float()

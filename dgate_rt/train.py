@@ -98,7 +98,8 @@ def fit(
         device: where backbone and training run; the gates come back there.
         cache: ``"memory"``, or a directory where features stay: an interrupted fit goes on from there, and a later
             one with the same batches in the same order runs no backbone at all.
-        cache_gb: the most that the features may take, in units of 1e9 bytes; those of ``val_loader`` come on top.
+        cache_gb: the most that the features may take, in units of 1e9 bytes; those of ``val_loader`` come on top. With
+            the default pool they are 4 float32 a sample and channel.
         seed: of the order of mini-batches; the same seed gives the same gates, bit for bit.
         progress: show progress on stderr, if that is a terminal.
 
@@ -175,7 +176,7 @@ def fit_gate(
     *,
     rows: Tensor,  # [M] int64; the samples to train on, none of them SKIP; one may come several times
     loss: str = "hinge",
-    pool: Pool | str = Pool.AVG,
+    pool: Pool | str,
     criterion: Criterion | str = Criterion.MARGIN,
     epochs: int = 20,
     lr: float = 0.1,

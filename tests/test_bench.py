@@ -247,5 +247,7 @@ def test_results_of_another_machine_are_refused(tmp_path: Path, what: str) -> No
     found = json.loads(file.read_text())
     found["machine"][what] = "another"
     file.write_text(json.dumps(found))
-    with pytest.raises(ValueError, match=r"output: expected results of this machine in .*; move it away"):
+    with pytest.raises(
+        ValueError, match=f"output: expected results of this machine in .*, with {what} .*, got another; move it away"
+    ):
         Results(file, "")

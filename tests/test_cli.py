@@ -150,6 +150,17 @@ def test_gates_read_from_the_shell_what_they_read_in_python():
     assert default.value == inspect.signature(dgate_rt.fit).parameters["pool"].default.value
 
 
+def test_the_chain_takes_gates_as_they_come(made, tmp_path):
+    from dgate_rt.backbones import load_backbone
+
+    gates, program = tmp_path / "gates.safetensors", tmp_path / "program.safetensors"
+    dgate("fit", made.net, "--at", "layer1,layer2", "--epochs", 1, "--polish", 0, "-o", gates)
+    dgate("calibrate", gates, made.net, "--max-drop", 0.02, "-o", program)
+    dgate("report", program, made.net, "-o", tmp_path / "report.html")
+    loaded = dgate_rt.load(program, load_backbone(made.net)[0])
+    assert [gate.pool.value for gate in loaded.gates] == ["grid2"] * 2
+
+
 def test_fitted_gates_are_off(made):
     from dgate_rt.backbones import load_backbone
 

@@ -37,8 +37,9 @@ Features view_features(const Tensor& features, const std::string& pool) {
               cls ? "3" : "2, 3 or 4", ", got ", describe(features));
   DGATE_CHECK(!cls || features.size(1) > 0, "features: pool='cls' expects at least one token, got ",
               describe(features));
-  const int64_t cells = rank == 4 ? side : rank == 3 ? std::min<int64_t>(side, 1) : 0;  // tokens have no grid
-  Features view{features.const_data_ptr(), element_of(features), cells, features.stride(0), {1, 1, 1}, {1, 1, 1}};
+  const bool map = rank == 4 && features.size(2) * features.size(3) != 1;
+  const int64_t means = map ? side : rank > 2 ? std::min<int64_t>(side, 1) : 0;  // tokens and single elements: no grid
+  Features view{features.const_data_ptr(), element_of(features), means, features.stride(0), {1, 1, 1}, {1, 1, 1}};
   const auto axis = [&](int to, int64_t from) {
     view.size[to] = features.size(from);
     view.stride[to] = features.stride(from);

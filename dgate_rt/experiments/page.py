@@ -22,7 +22,6 @@ from dgate_rt.drawing import standalone
 from dgate_rt.experiments import record
 from dgate_rt.experiments.experiment import NAMES, Experiment, Table, find
 from dgate_rt.experiments.record import Record
-from dgate_rt.gate import Pool
 from dgate_rt.writing import whole_file
 
 TITLE = "Experiments"
@@ -193,9 +192,9 @@ def _html(block: Block) -> str:
 
 
 def _on(found: Record) -> str:
-    """Network and images, and what gates read; before they could be told otherwise all read one mean."""
-    s, pool = found["settings"], found["options"].get("pool", Pool.AVG.value)
-    gates = "" if found["experiment"] == "pools" else f", gates read {pool}"
+    """Network and images, and what gates read."""
+    s, pool = found["settings"], record.pool(found)
+    gates = f", gates read {pool}" if pool else ""
     return f"{s['backbone']}, width {s['width']:g}, {s['data']} at {s['image_size']} pixels{gates}"
 
 
@@ -205,7 +204,7 @@ def _by(found: Record) -> str:
 
 def _slug(found: Record) -> str:
     s = found["settings"]
-    return f"{found['experiment']}-{s['backbone']}-{s['width']:g}-{s['data']}-{s['image_size']}"
+    return f"{found['experiment']}{record.suffix(found)}-{s['backbone']}-{s['width']:g}-{s['data']}-{s['image_size']}"
 
 
 if __name__ == "__main__":

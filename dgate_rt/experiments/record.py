@@ -14,6 +14,7 @@ import numpy as np
 import dgate_rt
 from dgate_rt.experiments.experiment import Experiment
 from dgate_rt.experiments.workbench import Workbench
+from dgate_rt.gate import DEFAULT_POOL, Pool
 from dgate_rt.timing import commit, machine_header
 from dgate_rt.writing import finite, whole_file
 
@@ -53,10 +54,20 @@ def run(experiment: Experiment, bench: Workbench, options: Any, command: str) ->
         "result": _rounded(result),
     }
     record = finite(record)
-    with whole_file(bench.folder / f"{experiment.name}.json") as file:
+    with whole_file(bench.folder / f"{experiment.name}{suffix(record)}.json") as file:
         json.dump(record, file, indent=1, allow_nan=False)
         file.write("\n")
     return record
+
+
+def pool(found: Record) -> str:
+    """What the gates of a record read, nothing where it compares that; before it was an option they read one mean."""
+    return "" if found["experiment"] == "pools" else found["options"].get("pool", Pool.AVG.value)
+
+
+def suffix(found: Record) -> str:
+    """What the names of its files have behind that of the experiment: what gates read, where it is not the default."""
+    return "" if pool(found) in ("", DEFAULT_POOL.value) else f"-{pool(found)}"
 
 
 def load(sources: Iterable[Path]) -> dict[Path, Record]:
