@@ -219,7 +219,7 @@ def _answer(programs: Mapping[str, GateProgram], images: Tensor, trace: Trace) -
     """Every program's answers to all images, which have to be those of the trace; and the dense network's."""
     answers = {}
     for name, program in programs.items():
-        run = compile(program, batch_size=BATCH_SIZE, executor="eager", scores=True)
+        run = compile(program, batch_size=BATCH_SIZE, scores=True)
         answers[name] = run(images)
         check_agreement(name, program, trace, answers[name])
     answers[_DENSE] = compile(program, batch_size=BATCH_SIZE, executor="dense")(images)
@@ -230,7 +230,7 @@ def _times(programs: Mapping[str, GateProgram], images: Tensor, progress: bool) 
     """Milliseconds a sample, the dense network and all programs in turn on the same images, in random order."""
     chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[: _TIMED_BATCHES * BATCH_SIZE]
     sample = images[chosen]
-    runs = {name: compile(program, batch_size=BATCH_SIZE, executor="eager") for name, program in programs.items()}
+    runs = {name: compile(program, batch_size=BATCH_SIZE) for name, program in programs.items()}
     runs[_DENSE] = compile(next(iter(programs.values())), batch_size=BATCH_SIZE, executor="dense")
     ticks = track(range(_ROUNDS + 1), "dense and gated in turn", enabled=progress)
     jobs = [lambda run=run: run(sample) for run in runs.values()]
