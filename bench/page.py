@@ -87,6 +87,7 @@ def _page(found: dict[str, Any], rows: Sequence[Row], source: str, pictures: dic
     yield f"`{'`, `'.join(commands)}`, on {machine}; commit {', '.join(c[:12] for c in commits)}. All rows are in"
     yield f"[{source}]({source}). Times are medians with p20 and p80, speed-ups medians of ratios taken round by round."
     yield "Weights are random and images noise: speed does not depend on them; thresholds give a wanted exit mix."
+    yield 'Gates read one mean of a map, `pool="avg"`, or the first token, which other ways can do fast too.'
     yield "Before a way is timed its answers are compared with dense execution and post-hoc gating."
     yield ""
     yield from verdicts(rows)

@@ -12,7 +12,7 @@ from dgate_rt.bench.workload import Mix
 from dgate_rt.timing import Timing, commit, machine_header
 from dgate_rt.writing import finite, whole_file
 
-SAME = ("cpu", "cores", "torch_threads", "gpu", "torch")
+SAME = ("cpu", "kernels", "bfloat16", "cores", "torch_threads", "gpu", "torch")
 """What must agree of the machine where results are resumed."""
 
 
@@ -59,20 +59,22 @@ class Results:
         ValueError: if the file is none of ours, or comes from another machine.
     """
 
-    def __init__(self, path: Path | None, command: Sequence[str]) -> None:
+    def __init__(self, path: Path | None, command: str) -> None:
         self._path = path
-        self._command = " ".join(command)
+        self._command = command
         self._found: dict[str, Any] = {"machine": machine_header(), "groups": {}}
         if path is None or not path.exists():
             return
         try:
             kept = json.loads(path.read_text())
-            there, here = ([found["machine"][name] for name in SAME] for found in (kept, self._found))
+            there, here = ([found["machine"].get(name) for name in SAME] for found in (kept, self._found))
             groups = kept["groups"]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"output: expected results of dgate bench in {path}, got something else") from error
-        if there != here:
-            raise ValueError(f"output: expected results of this machine in {path}, {here}, got {there}; move it away")
+        differ = [f"{n} {h}, got {t}" for n, h, t in zip(SAME, here, there, strict=True) if h != t]
+        if differ:
+            wanted = "; ".join(differ)
+            raise ValueError(f"output: expected results of this machine in {path}, with {wanted}; move it away")
         self._found["groups"] = groups
 
     def __contains__(self, name: str) -> bool:

@@ -43,7 +43,7 @@ def test_risk_control(benchmark, trace):
     benchmark.pedantic(certify, (trace, COSTS, DROP, 0.95), rounds=3, warmup_rounds=1)
 
 
-@pytest.mark.parametrize("width", [256, 1024])
+@pytest.mark.parametrize("width", [256, 1024, 4096])
 def test_fit_of_one_gate(benchmark, width):
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(CLASSES, (SAMPLES,), generator=generator)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dgate_rt.gate import GRIDS, POOL_RANKS, Criterion, Pool
+from dgate_rt.gate import GRIDS, Criterion, Pool, ranks_of
 
 FEATURE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MOST_WEIGHTS = 2**31 - 1
@@ -49,7 +49,7 @@ def check_gate(features: Tensor, weight: Tensor, bias: Tensor, pool: str, count:
     _expect_one_of("pool", pool, _POOLS)
     _expect_one_of("criterion", criterion, _CRITERIA)
     shape, device = features.shape, features.device
-    ranks = POOL_RANKS[Pool(pool).value]
+    ranks = ranks_of(Pool(pool))
     if features.dtype not in FEATURE_DTYPES or len(shape) not in ranks:
         expected = f"rank {' or '.join(map(str, ranks))} (pool={Pool(pool).value!r}), float32, bfloat16 or float16"
         raise ValueError(f"features: expected {expected}; got {_text(shape, features.dtype)}")
@@ -57,7 +57,7 @@ def check_gate(features: Tensor, weight: Tensor, bias: Tensor, pool: str, count:
         raise ValueError(f"features: pool='cls' expects at least one token, got {_text(shape, features.dtype)}")
     if pool == Pool.FLAT:
         width = math.prod(shape[1:])
-    elif len(shape) == 4 and (side := GRIDS.get(Pool(pool).value)):
+    elif len(shape) == 4 and shape[2] * shape[3] != 1 and (side := GRIDS.get(Pool(pool).value)):
         if 0 in shape[2:]:
             expected = f"a map of at least one element (pool={Pool(pool).value!r})"
             raise ValueError(f"features: expected {expected}, got {_text(shape, features.dtype)}")

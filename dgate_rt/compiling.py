@@ -69,7 +69,8 @@ def compile(
             by default the powers of four for the stages before the first gate, which meet batches as they are given,
             and for each stage behind it the six that should cost least (`dgate_rt.plan`). For engines
             that prepare a stage for each batch size, those sizes; by default six a stage that suit the program's exit
-            shares, and leave some room for others but for ``"graph"``, or for ``"refill"`` the powers of four.
+            shares, and leave some room for others but for ``"graph"``, or for ``"refill"`` the powers of four
+            and half of ``batch_size``.
         chunks: for ``"refill"``, how many samples each stage runs on at a time. By default those that should cost least
             (`dgate_rt.chunks`) by the times of the stages on this machine: measured once, in seconds, and then kept in
             the user's cache directory (`dgate_rt.stage_times`).
@@ -186,6 +187,9 @@ def _sizes(
         sizes = [expected_buckets(batch_size, shares, part.stages[0], buckets).sizes for part in later]
         parts = zip([first, *later], [entry_sizes(batch_size, buckets), *sizes], strict=True)
         return [size for part, size in parts for _ in part.stages]
-    if buckets == "auto" and executor != "refill":  # which makes up any number of a few sizes
+    if buckets == "auto" and executor != "refill":
         return likely_sizes(batch_size, shares)
-    return [entry_sizes(batch_size, buckets)] * len(shares)
+    sizes = entry_sizes(batch_size, buckets)  # refill makes up any number of a few
+    if buckets == "auto" and sizes[-2:][0] < batch_size // 2:  # about what gates leave of a batch by itself
+        sizes = (*sizes[:-1], batch_size // 2, batch_size)
+    return [sizes] * len(shares)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -25,6 +26,7 @@ from dgate_rt.calibrate import calibrate
 from dgate_rt.compiling import compile
 from dgate_rt.data import DataBundle
 from dgate_rt.executors import Predictions
+from dgate_rt.gate import DEFAULT_POOL
 from dgate_rt.program import GateProgram, load
 from dgate_rt.progress import track
 from dgate_rt.report import TableRow, configuration, console_table, simulated_graph, write_report
@@ -97,7 +99,7 @@ def run_demo(
             backbones.save_backbone(backbone, *pretrain.train_recipe(recipe, bundle, seed=seed, progress=progress))
     model, meta = backbones.load_backbone(backbone)
     model.to(memory_format=torch.channels_last)
-    with steps.step("gates", {**key, "drops": dict(DROPS)}, list(paths.values())) as there:
+    with steps.step("gates", {**key, "drops": dict(DROPS), "pool": DEFAULT_POOL.value}, list(paths.values())) as there:
         staged = split(model, at=backbones.default_cuts(meta.name), example=bundle.test[0][0][None])
         if not there:
             _save_programs(staged, bundle, paths, seed, progress)
@@ -119,7 +121,7 @@ def run_demo(
         steps.seconds,
         tuple(steps.reused),
     )
-    command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
     with steps.step("report"):
         graph, missing = simulated_graph(next(iter(programs.values())), BATCH_SIZE)
         write_report(
@@ -217,7 +219,7 @@ def _answer(programs: Mapping[str, GateProgram], images: Tensor, trace: Trace) -
     """Every program's answers to all images, which have to be those of the trace; and the dense network's."""
     answers = {}
     for name, program in programs.items():
-        run = compile(program, batch_size=BATCH_SIZE, executor="eager", scores=True)
+        run = compile(program, batch_size=BATCH_SIZE, scores=True)
         answers[name] = run(images)
         check_agreement(name, program, trace, answers[name])
     answers[_DENSE] = compile(program, batch_size=BATCH_SIZE, executor="dense")(images)
@@ -228,7 +230,7 @@ def _times(programs: Mapping[str, GateProgram], images: Tensor, progress: bool) 
     """Milliseconds a sample, the dense network and all programs in turn on the same images, in random order."""
     chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[: _TIMED_BATCHES * BATCH_SIZE]
     sample = images[chosen]
-    runs = {name: compile(program, batch_size=BATCH_SIZE, executor="eager") for name, program in programs.items()}
+    runs = {name: compile(program, batch_size=BATCH_SIZE) for name, program in programs.items()}
     runs[_DENSE] = compile(next(iter(programs.values())), batch_size=BATCH_SIZE, executor="dense")
     ticks = track(range(_ROUNDS + 1), "dense and gated in turn", enabled=progress)
     jobs = [lambda run=run: run(sample) for run in runs.values()]

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from dgate_rt.batches import as_pair, check_labels, count_classes, frozen, run_stage
-from dgate_rt.gate import Pool, pool_features
+from dgate_rt.gate import DEFAULT_POOL, Pool, pool_features
 from dgate_rt.progress import length_of, track
 from dgate_rt.staged import Boundary, StagedModel
 from dgate_rt.writing import whole_file
@@ -284,7 +284,7 @@ def collect(
     loader: Iterable[Sequence[object]],
     cache: FeatureCache,
     *,
-    pool: Pool | str = Pool.AVG,
+    pool: Pool | str = DEFAULT_POOL,
     device: torch.device | str = "cpu",
     name: str = "loader",
     progress: bool = True,

@@ -23,23 +23,21 @@ class Pool(str, Enum):
     FLAT = "flat"
     """Every value, in ``flatten(1)`` order; width the product of the sample's shape."""
     GRID2 = "grid2"
-    """Mean over each cell of a 2x2 grid of ``[N, C, H, W]``, channel after channel; width 4 C. ``[N, C]`` as it is."""
+    """Mean over each cell of a 2x2 grid of ``[N, C, H, W]``, channel after channel; width 4 C. Of tokens, which have no
+    rows and columns, and of maps of one element what ``avg`` takes; ``[N, C]`` as it is."""
     GRID4 = "grid4"
     """The same of a 4x4 grid; width 16 C."""
 
 
 GRIDS = {"grid2": 2, "grid4": 4}
 """Cells a side of the pools that are grids. Where a map has fewer rows or columns, cells share them."""
-POOL_RANKS = {"avg": (2, 3, 4), "cls": (3,), "flat": (2, 3, 4), "grid2": (2, 4), "grid4": (2, 4)}
-"""Ranks of the features that each pool takes."""
+DEFAULT_POOL = Pool.GRID2
+"""What `fit` takes if nothing else is said: early maps still tell where things are, and one mean forgets it."""
 
 
-def grid_cells(
-    features: Tensor,  # [N, C, H, W] or [N, C]
-    side: int,
-) -> Tensor:  # [N, C, side, side] float32, or [N, C] as it is
-    """The mean of each cell, taken in float32 whatever the dtype."""
-    return features if features.ndim == 2 else nn.functional.adaptive_avg_pool2d(features.float(), side)
+def ranks_of(pool: Pool) -> tuple[int, ...]:
+    """Ranks of the features that a pool takes."""
+    return (3,) if pool is Pool.CLS else (2, 3, 4)
 
 
 def pool_features(
@@ -52,14 +50,14 @@ def pool_features(
         ValueError: if ``features`` has a rank that ``pool`` does not take.
     """
     pool = Pool(pool)
-    ranks = POOL_RANKS[pool.value]
+    ranks = ranks_of(pool)
     if features.ndim not in ranks:
         wanted, got = " or ".join(map(str, ranks)), tuple(features.shape)
         raise ValueError(f"features: pool={pool.value!r} expects rank {wanted}, got shape {got}")
-    if pool.value in GRIDS:
-        features = grid_cells(features, GRIDS[pool.value])
-    if pool is Pool.FLAT or pool.value in GRIDS or features.ndim == 2:
+    if pool is Pool.FLAT or features.ndim == 2:
         return features.flatten(1).float()
+    if pool.value in GRIDS and features.ndim == 4 and features.shape[2] * features.shape[3] != 1:
+        return nn.functional.adaptive_avg_pool2d(features.float(), GRIDS[pool.value]).flatten(1)
     if pool is Pool.CLS:
         return features[:, 0].float()
     dims = (2, 3) if features.ndim == 4 else (1,)

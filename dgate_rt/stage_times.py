@@ -26,6 +26,7 @@ ROUNDS = 5
 _SAMPLES = 4  # of which the inputs of later stages are made, by repeating them
 _LONG_MS = 1000.0
 _SCHEMA = 2  # of what is kept: raised where older times would mislead
+_MACHINE = ("cpu", "kernels", "bfloat16", "torch_threads", "torch")  # what times depend on
 
 
 def stage_times(
@@ -61,7 +62,7 @@ def stage_times(
         "input": [list(input_shape), str(dtype), "channels_last" if channels_last else "as given"],
         "engine": engine,
         "sizes": list(sizes),
-        "machine": {name: header[name] for name in ("cpu", "torch_threads", "torch")} | {"device": str(device)},
+        "machine": {name: header[name] for name in _MACHINE} | {"device": str(device)},
     }
     name = f"stage-times-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.json"
     known = None if remeasure else _recalled(name, key)

@@ -62,9 +62,16 @@ def interleaved(
 
 
 def machine_header() -> dict[str, Any]:
-    """What a measurement must say about where it was made."""
+    """What a measurement must say about where it was made.
+
+    A CPU's name does not say which instructions it has: virtual machines of one name differ.
+    """
+    from dgate_rt.engines.precision import supports_bfloat16
+
     return {
         "cpu": _cpu_name(),
+        "kernels": torch.backends.cpu.get_cpu_capability(),
+        "bfloat16": "native" if supports_bfloat16(torch.device("cpu")) else None,
         "cores": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,

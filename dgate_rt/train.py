@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from dgate_rt.batches import check_staged
 from dgate_rt.features import SKIP, DiskCache, FeatureCache, Features, collect
-from dgate_rt.gate import Criterion, Gate, Pool, margin_and_label
+from dgate_rt.gate import DEFAULT_POOL, Criterion, Gate, Pool, margin_and_label
 from dgate_rt.progress import note, track
 from dgate_rt.staged import StagedModel
 
@@ -63,7 +63,7 @@ def fit(
     loader: Iterable[Sequence[object]],
     *,
     loss: str = "hinge",
-    pool: Pool | str = Pool.AVG,
+    pool: Pool | str = DEFAULT_POOL,
     criterion: Criterion | str = Criterion.MARGIN,
     epochs: int = 20,
     lr: float = 0.1,
@@ -87,7 +87,7 @@ def fit(
         loader: any iterable of ``(x, y)``, consumed once: ``x`` ``[N, ...]`` as the network takes it, ``y`` ``[N]``
             integer classes. A sample with a pooled feature that is not finite is left out, with a warning.
         loss: ``"hinge"``, or ``"cross_entropy"`` (multinomial) for comparison.
-        pool: what the gates do with features, see `Pool`.
+        pool: what the gates read of features, see `Pool`; by default means over a 2x2 grid.
         criterion: what their thresholds are compared with, see `Criterion`; training does not depend on it. The softmax
             criteria are meant for ``loss="cross_entropy"``.
         epochs: passes of mini-batch sub-gradient steps (Adam, step size falling to zero along a cosine).
@@ -98,7 +98,8 @@ def fit(
         device: where backbone and training run; the gates come back there.
         cache: ``"memory"``, or a directory where features stay: an interrupted fit goes on from there, and a later
             one with the same batches in the same order runs no backbone at all.
-        cache_gb: the most that the features may take, in units of 1e9 bytes; those of ``val_loader`` come on top.
+        cache_gb: the most that the features may take, in units of 1e9 bytes; those of ``val_loader`` come on top. With
+            the default pool they are 4 float32 a sample and channel.
         seed: of the order of mini-batches; the same seed gives the same gates, bit for bit.
         progress: show progress on stderr, if that is a terminal.
 
@@ -175,7 +176,7 @@ def fit_gate(
     *,
     rows: Tensor,  # [M] int64; the samples to train on, none of them SKIP; one may come several times
     loss: str = "hinge",
-    pool: Pool | str = Pool.AVG,
+    pool: Pool | str,
     criterion: Criterion | str = Criterion.MARGIN,
     epochs: int = 20,
     lr: float = 0.1,

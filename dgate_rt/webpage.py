@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Iterable, Sequence
 from datetime import datetime, timezone
@@ -19,7 +20,7 @@ def write_page(path: str | os.PathLike[str], title: str, notes: Iterable[str], s
     """Write a page, whole or not at all; below its notes it says on what machine, when and by what command."""
     machine = " · ".join(f"{key.replace('_', ' ')} {value}" for key, value in machine_header().items() if value)
     written = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
-    command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
     page = _PAGE.substitute(
         title=escape(title),
         notes="".join(f"<p>{escape(note)}</p>" for note in notes),

@@ -42,6 +42,7 @@ def score(
         features.element_size(),
         _multiprocessors(features.device),
         side=layout.side,
+        elements=layout.elements,
         channels_adjacent=layout.channel_stride == 1,
         criterion=criterion,
         keep_distances=keep_distances,

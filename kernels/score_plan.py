@@ -51,6 +51,11 @@ class Layout:
     image: tuple[int, int] = (0, 0)  # rows and columns that the cells share
 
     @property
+    def elements(self) -> int:
+        """Positions of the whole map: cells may share some."""
+        return math.prod(self.image) if self.side else self.positions
+
+    @property
     def channel_align(self) -> int:
         """The largest power of 2, up to 16, that divides the stride of channels: loads of planes may be that wide."""
         return math.gcd(self.channel_stride, 16)
@@ -67,13 +72,13 @@ def lay_out(
         return _flat_layout(sizes, sample_stride, steps)
     if len(sizes) == 1:
         return Layout(sizes[0], 1, sample_stride, steps[0])
-    if side := GRIDS.get(pool):
-        rows, columns = (longest_cell(size, side) for size in sizes[1:])
-        where = {"row_stride": steps[1], "width": columns, "side": side, "image": (sizes[1], sizes[2])}
-        return Layout(sizes[0], rows * columns, sample_stride, steps[0], steps[2], **where)
     if len(sizes) == 2:
         return Layout(sizes[1], 1 if pool == "cls" else sizes[0], sample_stride, steps[1], steps[0])
     (channels, height, width), (channel_stride, row_stride, position_stride) = sizes, steps
+    if (side := GRIDS.get(pool)) and height * width > 1:
+        rows, columns = longest_cell(height, side), longest_cell(width, side)
+        grid = {"row_stride": row_stride, "width": columns, "side": side, "image": (height, width)}
+        return Layout(channels, rows * columns, sample_stride, channel_stride, position_stride, **grid)
     if width == 1:
         height, width, position_stride = 1, height, row_stride
     one_stride = height == 1 or row_stride == width * position_stride
@@ -122,8 +127,9 @@ class ScorePlan:
     variant: Variant
     n: int
     channels: int
-    positions: int
-    cells: int  # of a grid, each of so many positions; 1 without
+    positions: int  # over which a mean goes: of the map, or of the largest cell of a grid
+    cells: int  # of the grid; 1 without
+    elements: int  # positions of the map
     classes: int
     element_size: int
     statistics: int  # float32 values of a row in a tile of classes: 1, or 3 with the sums of softmax and entropy
@@ -210,13 +216,14 @@ class ScorePlan:
             return 0
         live = self.n if live is None else max(0, min(live, self.n))
         sample_tiles, class_tiles = ceil_div(live, self.tile_n), self.class_tiles
-        features = live * self.width * self.positions * self.element_size
+        features = live * self.channels * self.elements * self.element_size
         weights = (self.classes * self.width + self.classes) * FLOAT * (sample_tiles if requested else live > 0)
         pooled = 0
         if self.variant == "pooled":  # written, and read by each tile of classes
             pooled = live * self.width * FLOAT * (1 + (class_tiles if requested else 1))
-        elif requested:
-            features *= class_tiles
+        if requested:
+            read_by = 1 if self.variant == "pooled" else class_tiles
+            features = live * self.width * self.positions * self.element_size * read_by
         partials = 0
         if self.splits > 1:
             partials = 2 * self.splits * live * self.classes * FLOAT
@@ -234,7 +241,8 @@ def plan_score(
     element_size: int,  # bytes of a feature
     sms: int,  # multiprocessors of the GPU
     *,
-    side: int = 0,  # of a grid of cells, each of so many positions
+    side: int = 0,  # of a grid of cells, the largest of which has so many positions
+    elements: int = 0,  # positions of the map, where cells share some; by default those of all cells
     channels_adjacent: bool = False,
     criterion: str = "margin",
     keep_distances: bool = False,
@@ -247,10 +255,12 @@ def plan_score(
     one position.
     """
     cells = max(1, side * side)
+    elements = elements or cells * positions
     if variant is None:
         variant = _choose_variant(positions, cells, classes, element_size)
     adjacent = LINE // element_size if channels_adjacent else None
-    block_c, block_p = _feature_block(channels, positions, classes, adjacent)
+    tile = TILE if elements == cells * positions else TILE // 2  # a mask by row and column takes registers
+    block_c, block_p = _feature_block(channels, positions, classes, adjacent, tile)
     if variant == "fused":
         tile_n, tile_k, tile_c = 1, power_of_2(classes), block_c
     else:
@@ -258,7 +268,7 @@ def plan_score(
         tile_c = 16 if tile_n * tile_k > 1024 else 64  # 4 x 4 distances a thread: more channels would spill
     programs = max(1, ceil_div(n, tile_n) * ceil_div(classes, tile_k))
     wanted = PROGRAMS_PER_SM * sms if variant == "fused" else sms
-    read = n * channels * cells * positions * element_size + classes * channels * cells * FLOAT
+    read = n * channels * elements * element_size + classes * channels * cells * FLOAT
     blocks = max(1, _blocks(variant, channels, cells, tile_c))
     splits = min(
         wanted // programs,
@@ -272,6 +282,7 @@ def plan_score(
         channels=channels,
         positions=positions,
         cells=cells,
+        elements=elements,
         classes=classes,
         element_size=element_size,
         statistics=1 if criterion == "margin" else 3,
@@ -297,8 +308,8 @@ def _choose_variant(positions: int, cells: int, classes: int, element_size: int)
     return "fused" if cheap_weights and classes <= MAX_FUSED_CLASSES else "pooled"
 
 
-def _feature_block(channels: int, positions: int, classes: int, adjacent: int | None) -> tuple[int, int]:
-    """Channels and positions of a block: `TILE` features, wide in what is adjacent in memory.
+def _feature_block(channels: int, positions: int, classes: int, adjacent: int | None, tile: int) -> tuple[int, int]:
+    """Channels and positions of a block: ``tile`` features, wide in what is adjacent in memory.
 
     ``adjacent`` channels make up a line of memory, None where they are not next to each other. On an H100 whole lines
     and 8 programs an SM took 0.78 of the time of half lines and 4, over the gates of ResNet-101 in bfloat16 at B = 128
@@ -307,10 +318,10 @@ def _feature_block(channels: int, positions: int, classes: int, adjacent: int | 
     if adjacent is not None:
         block_c = min(adjacent, power_of_2(channels))
     else:
-        block_c = max(1, TILE // min(256, power_of_2(positions)))
+        block_c = max(1, tile // min(256, power_of_2(positions)))
     # The weights of a fused block, [K, block_c], are in registers too.
-    block_c = min(block_c, power_of_2(channels), 128, max(1, TILE // power_of_2(min(classes, MAX_FUSED_CLASSES))))
-    return block_c, min(TILE // block_c, power_of_2(positions))
+    block_c = min(block_c, power_of_2(channels), 128, max(1, tile // power_of_2(min(classes, MAX_FUSED_CLASSES))))
+    return block_c, min(tile // block_c, power_of_2(positions))
 
 
 def _product_tile(n: int, classes: int, sms: int) -> tuple[int, int]:

@@ -16,7 +16,12 @@ DTYPES = list(TOLERANCE)
 LAYOUTS = ["contiguous", "channels_last", "slice", "transposed"]
 SHAPES = {"4d": (37, 5, 3), "3d": (6, 37), "2d": (37,)}
 POOLS = [("avg", "4d"), ("flat", "4d"), ("avg", "3d"), ("cls", "3d"), ("flat", "3d"), ("avg", "2d"), ("flat", "2d")]
-POOLS += [("grid2", "4d"), ("grid4", "4d"), ("grid2", "2d")]  # of 5 x 3 elements some cells overlap or are shared
+POOLS += [
+    ("grid2", "4d"),
+    ("grid4", "4d"),
+    ("grid2", "3d"),
+    ("grid2", "2d"),
+]  # of 5 x 3 elements some cells overlap or are shared
 # What a refusal is, by whether torch.ops is called directly: torch 2.15 turns whatever a kernel throws to RuntimeError.
 REFUSAL: dict[bool, tuple[type[Exception], ...]] = {False: (ValueError,), True: (ValueError, RuntimeError)}
 

@@ -106,7 +106,7 @@ def test_costs_count_stages_and_gates(digits):
     costs = measure_costs(staged, gates, next(iter(loader))[0])
     assert costs.stages == (2 * 9 * 16 * 64, 2 * 9 * 16 * 32 * 16, 2 * 9 * 32 * 64 * 4 + 2 * 256 * 10)
     assert costs.gates == (gate_flops(gates[0], (16, 8, 8)), gate_flops(gates[1], (32, 4, 4)))
-    assert costs.gates[0] == 16 * 64 + 2 * 10 * 16
+    assert costs.gates[0] == 16 * 64 + 2 * 10 * 4 * 16
     times = measure_costs(staged, gates, next(iter(loader))[0], "time")
     assert times.unit == "ms"
     assert all(t > 0 for t in (*times.stages, *times.gates))

@@ -54,7 +54,9 @@ def made(tmp_path_factory) -> types.SimpleNamespace:
     with pytest.MonkeyPatch.context() as patch:  # or machines that multiply bfloat16 get another network
         patch.setattr(pretrain, "native_bfloat16", lambda device: False)
         trained = dgate("train", *network, "--epochs", 6, "--lr", 0.1, "--no-augment", "-b", 32, "-o", net, "--json")
-    fitted = dgate("fit", net, "--at", "layer1, layer2", "--epochs", 2, "--polish", 20, "-o", gates, "--json")
+    fitted = dgate(
+        "fit", net, "--at", "layer1, layer2", "--epochs", 2, "--polish", 20, "--pool", "avg", "-o", gates, "--json"
+    )
     chosen = dgate("calibrate", gates, net, "--max-drop", 0.02, "-o", program, "--json")
     printed = {"train": trained, "fit": fitted, "calibrate": chosen}
     return types.SimpleNamespace(folder=folder, net=net, gates=gates, program=program, printed=printed)
@@ -137,6 +139,26 @@ def test_train_says_what_it_made(made):
     assert (result["name"], result["in_channels"], result["image_size"]) == ("resnet18", 1, 8)
     assert 0 <= result["accuracy"] <= 1
     assert len(result["epochs"]) == 6
+
+
+def test_gates_read_from_the_shell_what_they_read_in_python():
+    import inspect
+
+    from dgate_rt.cli import pipeline
+
+    default = inspect.signature(pipeline.fit).parameters["pool"].default
+    assert default.value == inspect.signature(dgate_rt.fit).parameters["pool"].default.value
+
+
+def test_the_chain_takes_gates_as_they_come(made, tmp_path):
+    from dgate_rt.backbones import load_backbone
+
+    gates, program = tmp_path / "gates.safetensors", tmp_path / "program.safetensors"
+    dgate("fit", made.net, "--at", "layer1,layer2", "--epochs", 1, "--polish", 0, "-o", gates)
+    dgate("calibrate", gates, made.net, "--max-drop", 0.02, "-o", program)
+    dgate("report", program, made.net, "-o", tmp_path / "report.html")
+    loaded = dgate_rt.load(program, load_backbone(made.net)[0])
+    assert [gate.pool.value for gate in loaded.gates] == ["grid2"] * 2
 
 
 def test_fitted_gates_are_off(made):

@@ -219,6 +219,9 @@ def test_buckets_are_the_sizes_to_prepare(images):
     assert sizes[2:4] == likely_sizes(32, program.point.shares)
     dg.compile(program, engine=spy, batch_size=32, executor="refill")
     assert sizes[4:] == [(1, 4, 16, 32)] * 2
+    for batch_size, expected in ((1, (1,)), (3, (1, 3)), (60, (1, 4, 16, 30, 60)), (64, (1, 4, 16, 32, 64))):
+        dg.compile(program, engine=spy, batch_size=batch_size, executor="refill")
+        assert sizes[-2:] == [expected] * 2
 
 
 def test_a_prepared_stage_keeps_its_parameters_where_the_engine_runs_in_torch(prepared):

@@ -19,11 +19,12 @@ from dgate_rt.experiments import drift, guarantee, joint
 from dgate_rt.experiments.workbench import GateSpec
 from dgate_rt.features import FeatureCache, collect
 from dgate_rt.frontier import operating_point, sequential
+from dgate_rt.gate import Pool
 from dgate_rt.risk import certify
 from dgate_rt.trace import Trace
 
 JOINT = joint.Options(seeds=3, gates=2, drops=(0.0, 0.02, 0.1), judged=0.02)
-GUARANTEE = guarantee.Options(calibrations=4, samples=300, gates=2, drops=(0.02, 0.05))
+GUARANTEE = guarantee.Options(calibrations=4, samples=300, gates=2, pool=Pool.AVG, drops=(0.02, 0.05))
 DRIFT = drift.Options(gates=2, windows=6, window=100)
 
 
@@ -106,7 +107,7 @@ def test_equal_accuracy_is_where_both_ways_of_a_seed_have_points():
 
 def test_calibrations_are_measured_on_the_population(bench):
     result = guarantee.run(bench, GUARANTEE)
-    specs = [GateSpec(cut) for cut in bench.first_cuts(2)]
+    specs = [GateSpec(cut, pool="avg") for cut in bench.first_cuts(2)]
     costs, population = bench.costs(specs), bench.scores(specs).trace(np.concatenate(bench.held_out(None)))
     assert result["population"] == bench.settings["samples"]["val"] + bench.settings["samples"]["test"]
     drops = []

@@ -18,9 +18,10 @@ from dgate_rt.experiments import curves, depths, pools, static
 from dgate_rt.experiments.workbench import GateSpec, Workbench
 from dgate_rt.flops import count_flops
 from dgate_rt.frontier import OperatingPoint, search_frontier
+from dgate_rt.gate import Pool
 from dgate_rt.trace import Trace
 
-DEPTHS = depths.Options(drop=0.02, seeds=3, subsets=21)
+DEPTHS = depths.Options(drop=0.02, pool=Pool.AVG, seeds=3, subsets=21)
 POOLS = pools.Options(gates=2, budgets=5, widest=1024)
 STATIC = static.Options(gates=2, drops=(0.05,))
 
@@ -61,7 +62,7 @@ def test_costs_of_some_gates_are_those_of_the_network_cut_there(bench):
 def test_some_gates_are_all_gates_with_the_others_off(bench, found):
     """A replay of the whole trace, in which gates that are off cost nothing."""
     cuts = backbones.block_cuts("resnet18")
-    specs = [GateSpec(cut) for cut in cuts]
+    specs = [GateSpec(cut, pool="avg") for cut in cuts]
     costs, scores, (val, test) = bench.costs(specs, cuts), bench.scores(specs, cuts), bench.held_out(None)
     third = found["steps"][2]
     subset = tuple(cuts.index(cut) for cut in third["cuts"])
@@ -78,7 +79,7 @@ def test_some_gates_are_all_gates_with_the_others_off(bench, found):
 
 def test_gates_at_the_ends_are_the_papers(bench, found):
     """Though their features come from another pass."""
-    specs = [GateSpec(cut) for cut in bench.cuts]
+    specs = [GateSpec(cut, pool="avg") for cut in bench.cuts]
     costs, (val, test) = bench.costs(specs), bench.held_out(None)
     chosen, tested = (bench.scores(specs).trace(rows) for rows in (val, test))
     wanted = chosen.network_accuracy - 0.02
@@ -109,7 +110,7 @@ def test_greedy_takes_the_cheapest_and_stops_where_none_helps(monkeypatch):
         depths._Candidates, "measured", lambda self, subset, seed: {"validation": {"cost": made[subset]}}
     )
     none = Costs("FLOPs", (1.0,), ())
-    among = depths._Candidates(None, ("a", "b", "c"), none, None, 0.01)
+    among = depths._Candidates(None, ("a", "b", "c"), (), none, None, 0.01)
     assert [gate for gate, _ in among.greedy(None)] == [1, 0]
     made |= {(0,): 1.0, (1,): 1.2, (2,): 1.0}
     assert list(among.greedy(None)) == []
@@ -118,7 +119,7 @@ def test_greedy_takes_the_cheapest_and_stops_where_none_helps(monkeypatch):
 def test_no_gates_are_the_network(bench):
     cuts = backbones.block_cuts("resnet18")
     specs = [GateSpec(cut) for cut in cuts]
-    among = depths._Candidates(bench, cuts, bench.costs(specs, cuts), bench.scores(specs, cuts), 0.02)
+    among = depths._Candidates(bench, cuts, tuple(specs), bench.costs(specs, cuts), bench.scores(specs, cuts), 0.02)
     nothing = among.measured((), 1)
     assert (nothing["test"], nothing["shares"]) == ({"cost": 1.0, "lost": 0.0}, [1.0])
 
@@ -188,9 +189,42 @@ def test_wide_maps_get_no_flat_gate(bench):
     assert (flat["width"], flat["parameters"], flat["flops"]) == (1024, 10 * 1024 + 10, 2 * 10 * 1024)
     assert [gate["width"] for gate in result["gates"]["grid2" + pools.EVERYWHERE]] == [32, 64]
     assert result["gates"]["grid2"][0]["flops"] == 16 * 8 * 8 + 2 * 10 * 64
-    assert "layer1 (2,048)" in pools.tables(result)[0].note
+    areas = pools.tables(result)[0]
+    assert "layer1 (2,048)" in areas.note
+    assert [len(row) for row in areas.rows] == [len(areas.columns)] * 7
     average = np.array(result["curves"][pools.AVERAGE]["area"]) - result["curves"][pools.FLAT]["area"]
     assert result["ahead"][pools.FLAT].tolist() == average.tolist()
+
+
+def test_pools_are_compared_where_all_at_their_places_have_points(bench):
+    result = pools.run(bench, POOLS)
+    starts = {name: curve["grid"][0] for name, curve in result["curves"].items()}
+    narrow = {start for name, start in starts.items() if not name.endswith(pools.EVERYWHERE)}
+    everywhere = set(starts.values()) - narrow
+    assert (len(narrow), len(everywhere)) == (1, 1)
+    assert min(everywhere) < min(narrow)  # a gate after layer1 lets samples leave that cost less
+    mean = np.array(result["curves"][pools.AVERAGE + pools.EVERYWHERE]["area"])
+    grid = np.array(result["curves"]["grid2" + pools.EVERYWHERE]["area"])
+    assert result["ahead"]["grid2" + pools.EVERYWHERE].tolist() == (mean - grid).tolist()
+
+
+def test_what_pools_save_is_that_of_the_cheapest_thresholds_within_the_drop(bench):
+    at = pools.run(bench, POOLS)["at_drop"]["grid2" + pools.EVERYWHERE]
+    specs = [GateSpec(cut, pool="grid2", resample=2) for cut in bench.first_cuts(2)]
+    costs, (val, test) = bench.costs(specs), bench.held_out(2)
+    chosen, tested = (bench.scores(specs).trace(rows) for rows in (val, test))
+    wanted = chosen.network_accuracy - POOLS.drop
+    replay = tested.replay(search_frontier(chosen, costs, min_accuracy=wanted).cheapest(wanted).thresholds, costs)
+    assert at["saved"][2] == 1 - replay.cost / costs.dense
+    assert at["lost"][2] == tested.network_accuracy - replay.accuracy
+
+
+def test_without_a_map_that_is_narrow_enough_there_is_no_flat_gate(bench):
+    result = pools.run(bench, replace(POOLS, widest=100))
+    assert set(result["gates"]) == {name + pools.EVERYWHERE for name in pools.POOLS if name != pools.FLAT}
+    assert len(result["claims"]) == 1
+    assert "layer2 (1,024)" in pools.tables(result)[0].note
+    assert set(pools.figures(result)) == {"curves"}
 
 
 def test_average_and_flat_gates_share_their_places_and_data(bench):
@@ -215,27 +249,34 @@ def test_interrupted_pools_go_on(bench, again, monkeypatch):
     monkeypatch.setattr(curves, "search_frontier", fuse)
     with pytest.raises(Interrupted):
         pools.run(again, POOLS)
-    fuse.left = 3 * 7 - 4  # seven kinds of three seeds, less those that were kept
+    fuse.left = 2 * 3 * 7 - 4  # two for each of seven kinds and three seeds, less those that were kept
     resumed = pools.run(again, POOLS)
     assert fuse.left == 0
     assert json.dumps(resumed["claims"]) == json.dumps(pools.run(bench, POOLS)["claims"])
 
 
 @pytest.mark.parametrize(
-    ("ahead", "grid", "share", "expected"),
+    ("ahead", "grid", "share", "saved", "expected"),
     [
-        ([0.01, 0.0, 0.02], 0.0, 0.001, [True, True, True]),
-        ([0.01, -0.001, 0.02], 0.02, 0.02, [False, False, False]),
-        ([-0.02, -0.02, -0.02], -0.01, 0.02, [False, False, True]),
-        ([-0.02, -0.02, -0.02], -0.009, 0.02, [False, False, False]),
+        ([0.01, 0.0, 0.02], 0.0, 0.001, 0.31, [True, True, True, True]),
+        ([0.01, -0.001, 0.02], 0.02, 0.02, 0.29, [False, False, False, False]),
+        ([-0.02, -0.02, -0.02], -0.01, 0.02, 0.3, [False, False, False, True]),
+        ([-0.02, -0.02, -0.02], -0.009, 0.02, 0.4, [True, False, False, False]),
     ],
 )
-def test_verdicts_on_pools_fall_either_way(ahead, grid, share, expected):
+def test_verdicts_on_pools_fall_either_way(ahead, grid, share, saved, expected):
     flat = [{"cut": "a", "share": 0.0001, "parameters": 10}, {"cut": "b", "share": share, "parameters": 20}]
-    made = {"ahead": {pools.FLAT: ahead, "grid4": [grid] * 3}, "gates": {pools.FLAT: flat}, "grid": [0.3, 1.0]}
+    one, four = ({"saved": [value] * 3, "lost": [0.01] * 3} for value in (0.3, saved))
+    made = {
+        "ahead": {pools.FLAT: ahead, "grid4": [grid] * 3},
+        "gates": {pools.FLAT: flat},
+        "curves": {pools.FLAT: {"grid": [0.3, 1.0]}},
+        "drop": 0.01,
+        "at_drop": {pools.AVERAGE + pools.EVERYWHERE: one, "grid2" + pools.EVERYWHERE: four},
+    }
     claims = pools._claims(made)
     assert verdicts(claims) == expected
-    assert "after b" in claims[1]["seen"]
+    assert "after b" in claims[2]["seen"]
 
 
 @pytest.mark.parametrize(
@@ -243,7 +284,6 @@ def test_verdicts_on_pools_fall_either_way(ahead, grid, share, expected):
     [
         (depths, depths.Options(drop=1.0), "expected a drop in"),
         (pools, pools.Options(seeds=2), "seeds of at least 3"),
-        (pools, pools.Options(widest=100), "widest: expected 512 or more"),
         (static, static.Options(drops=()), "a drop or more"),
         (static, static.Options(multiple=8), "multiple: expected less than 8 for this width, got 8"),
     ],

@@ -34,6 +34,7 @@ from dgate_rt.experiments import (
 )
 from dgate_rt.experiments.experiment import NAMES, find
 from dgate_rt.experiments.workbench import Workbench
+from dgate_rt.gate import Pool
 
 OPTIONS = {
     "losses": losses.Options(seeds=3, gates=1, budgets=5),
@@ -54,11 +55,20 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def records(bench) -> dict:
-    return {name: record.run(find(name), bench, options, ["dgate", name]) for name, options in OPTIONS.items()}
+    return {name: record.run(find(name), bench, options, f"dgate {name}") for name, options in OPTIONS.items()}
 
 
 def test_every_experiment_is_covered():
     assert tuple(OPTIONS) == NAMES
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "pools"])
+def test_gates_read_what_they_are_told_to(name, bench, monkeypatch):
+    asked = []
+    real = Workbench._gate
+    monkeypatch.setattr(Workbench, "_gate", lambda self, spec, cuts: asked.append(spec.pool) or real(self, spec, cuts))
+    find(name).run(bench, dataclasses.replace(OPTIONS[name], pool=Pool.AVG))
+    assert set(asked) == {"avg"}
 
 
 def test_a_seed_decides_every_bit(records, bench, tmp_path):
@@ -66,7 +76,7 @@ def test_a_seed_decides_every_bit(records, bench, tmp_path):
     shutil.copy(bench.folder / "network.safetensors", tmp_path)
     again = Workbench(tmp_path, training=bench.training, **TINY)
     for name, options in OPTIONS.items():
-        fresh = record.run(find(name), again, options, ["dgate", name])["result"]
+        fresh = record.run(find(name), again, options, f"dgate {name}")["result"]
         expected = copy.deepcopy(records[name]["result"])
         for result in (fresh, expected):
             if result.pop("times", None):
@@ -107,10 +117,10 @@ def test_interrupted_losses_go_on(bench, tmp_path, monkeypatch, records):
     fuse = Fuse(curves.search_frontier, 5)
     monkeypatch.setattr(curves, "search_frontier", fuse)
     with pytest.raises(Interrupted):
-        record.run(find("losses"), again, OPTIONS["losses"], ["dgate"])
+        record.run(find("losses"), again, OPTIONS["losses"], "dgate")
     assert not (tmp_path / "losses.json").exists()
     fuse.left = 100
-    resumed = record.run(find("losses"), again, OPTIONS["losses"], ["dgate"])
+    resumed = record.run(find("losses"), again, OPTIONS["losses"], "dgate")
     assert fuse.made == 2 * 4 * 3
     assert resumed["result"] == records["losses"]["result"]
 
@@ -143,7 +153,7 @@ def test_points_keep_to_their_drops(records):
 
 def test_points_are_timed_once(bench, records, monkeypatch):
     monkeypatch.setattr(points, "interleaved", Fuse(points.interleaved, 0))
-    again = record.run(find("points"), bench, OPTIONS["points"], ["dgate"])
+    again = record.run(find("points"), bench, OPTIONS["points"], "dgate")
     assert again["result"] == records["points"]["result"]
 
 
@@ -258,6 +268,17 @@ def test_report_of_a_folder_is_one_page(records, bench, tmp_path):
     assert text.count("<svg") == 2 + 2 + 1 + 1 + 1 + 1 + 2 + 1 + 1 + 1
     assert text.count("data:image/png") >= 3
     assert not any(loads in text for loads in ('src="http', 'href="http', "<script"))
+
+
+def test_gates_that_read_something_else_have_records_of_their_own(records, again, tmp_path):
+    found = record.run(
+        find("surfaces"), again, dataclasses.replace(OPTIONS["surfaces"], pool=Pool.AVG), "dgate surfaces"
+    )
+    path = again.folder / "surfaces-avg.json"
+    assert json.loads(path.read_text()) == found
+    shown = {tmp_path / "one.json": records["surfaces"], path: found}
+    text = "".join(str(block) for block in page.contents(shown, tmp_path))
+    assert ("gates read avg" in text, "gates read grid2" in text, "Pool." in text) == (True, True, False)
 
 
 def test_two_records_of_one_kind_are_refused(records, bench, tmp_path):

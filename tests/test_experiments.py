@@ -322,5 +322,5 @@ def test_records_are_loaded_from_files_and_folders(tmp_path, bench):
         record.load([tmp_path / "settings.json"])
     with pytest.raises(FileNotFoundError, match="no such file or folder"):
         record.load([tmp_path / "nothing"])
-    made = record.run(KNOWN, bench, Knobs(), ["dgate"])
+    made = record.run(KNOWN, bench, Knobs(), "dgate")
     assert record.load([bench.folder / "some.json"]) == {bench.folder / "some.json": made}

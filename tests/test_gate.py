@@ -40,7 +40,7 @@ def test_a_grid_has_the_mean_of_each_cell_channel_after_channel():
     features = torch.arange(32.0).view(1, 2, 4, 4)
     assert pool_features(features, "grid2").tolist() == [[2.5, 4.5, 10.5, 12.5, 18.5, 20.5, 26.5, 28.5]]
     assert torch.equal(pool_features(features, "grid4"), features.flatten(1))
-    assert pool_features(features[:, :, :1, :1], "grid2").tolist() == [[0.0] * 4 + [16.0] * 4]  # cells share
+    assert pool_features(features[:, :, :1, :2], "grid2").tolist() == [[0.0, 1.0] * 2 + [16.0, 17.0] * 2]  # cells share
 
 
 def test_cells_are_means_in_float32():
@@ -49,9 +49,10 @@ def test_cells_are_means_in_float32():
     assert pool_features(features, "grid2")[0, 0].item() == pytest.approx(3 + 4 / 4096, rel=1e-6)
 
 
-def test_tokens_have_no_grid():
-    with pytest.raises(ValueError, match=r"pool='grid2' expects rank 2 or 4, got shape \(2, 3, 4\)"):
-        pool_features(torch.zeros(2, 3, 4), "grid2")
+@pytest.mark.parametrize("shape", [(2, 3, 4), (2, 3, 1, 1), (2, 3)], ids=str)
+def test_tokens_and_single_elements_have_no_grid(shape):
+    features = torch.randn(shape)
+    assert torch.equal(pool_features(features, "grid2"), pool_features(features, "avg"))
 
 
 def test_cls_of_an_image_is_refused():

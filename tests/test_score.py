@@ -71,6 +71,23 @@ def test_scores_are_the_reference_at_size(n: int, shape: tuple[int, ...], classe
     assert_same_scores(got, reference.gate_distances(features, weight, bias), TOLERANCE[torch.float32])
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "slice"])
+@pytest.mark.parametrize(
+    "shape", [(5, 1, 1), (5, 1, 3), (5, 2, 1), (5, 3, 3), (5, 7, 6), (3, 2, 1030), (0, 4, 4)], ids=str
+)
+@pytest.mark.parametrize("pool", ["grid2", "grid4"])
+def test_a_grid_fits_any_map(pool: str, shape: tuple[int, ...], layout: str) -> None:
+    features = make(3, shape, layout=layout)
+    weight, bias = make_gate(features, 4, pool)
+    got = ops.gate_distances(features, weight, bias, pool)
+    assert_same_scores(got, reference.gate_distances(features, weight, bias, pool), TOLERANCE[torch.float32])
+
+
+def test_a_grid_of_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"a map of at least one element \(pool='grid2'\), got \[2, 3, 0, 4\]"):
+        ops.gate_score(torch.zeros(2, 3, 0, 4), torch.zeros(5, 12), torch.zeros(5), "grid2")
+
+
 def test_wide_features_are_scored_in_several_passes() -> None:
     features = make(40, (5, 111, 131), torch.bfloat16)  # 40 x 72,705 float32 exceed the scratch memory
     weight, bias = make_gate(features, 3, "flat")

@@ -172,7 +172,7 @@ def test_the_backbone_is_bit_for_bit_as_it_was() -> None:
     gates = fit(staged, images(), epochs=1, polish=0, val_loader=images(40))
     assert_as_it_was(staged, before)
     assert [report.cut for report in gates.reports] == ["stem", "block"]
-    assert [(gate.width, gate.classes, gate.pool) for gate in gates] == [(6, 4, Pool.AVG), (8, 4, Pool.AVG)]
+    assert [(gate.width, gate.classes, gate.pool) for gate in gates] == [(24, 4, Pool.GRID2), (32, 4, Pool.GRID2)]
     again = fit(
         staged.eval(), images(), epochs=1, polish=0
     )  # train mode had no influence: no dropout, no batch statistics
@@ -260,7 +260,7 @@ def test_validation_accuracy_is_that_of_the_gate_on_val_loader() -> None:
     assert fit(plain(64, 10), batches(x, y), epochs=1, polish=0).reports[0].val_accuracy is None
 
 
-@pytest.mark.parametrize("pool", ["avg", "cls", "flat"])
+@pytest.mark.parametrize("pool", ["avg", "cls", "flat", "grid2"])
 def test_gates_take_the_features_of_their_pool(pool: str) -> None:
     staged = StagedModel(stages=[nn.Linear(4, 6), nn.Sequential(nn.Flatten(), nn.Linear(30, 3))]).eval()
     x, y = torch.randn(60, 5, 4), torch.randint(3, (60,))

@@ -59,6 +59,8 @@ CASES = {
     "vectors": case((1024, 2048), 10, "float16", criterion="entropy"),
     "grid": case((256, 256, 32, 32), 10, "float32", pool="grid2", archs=ARCHS),
     "grid, channels_last": case((32, 512, 16, 16), 10, channels_last=True, pool="grid4", criterion="softmax"),
+    "grid, overlapping cells": case((256, 64, 33, 35), 10, channels_last=True, pool="grid4", criterion="softmax"),
+    "grid, overlapping planes": case((64, 256, 33, 35), 10, "float32", pool="grid2"),
     "grid, pooled, overlapping cells": case((256, 1024, 7, 7), 1000, pool="grid2"),
     "grid, pooled, channels_last": case((32, 512, 28, 28), 1000, "float16", True, pool="grid4", criterion="entropy"),
     "flat, split": case((32, 512, 7, 7), 100, pool="flat", criterion="softmax", keep_distances=True),
@@ -148,6 +150,15 @@ def test_the_cells_of_a_grid_take_no_more_memory_than_the_map_and_their_weights(
         assert plan.memory_bytes() - whole.memory_bytes() == 4 * 10 * 256 * (side**2 - 1)
 
 
+def test_elements_that_cells_share_come_from_memory_once() -> None:
+    layout = lay_out((64, 7, 7), (64 * 49, 1, 7 * 64, 64), "grid4")
+    assert (layout.positions, layout.elements) == (9, 49)
+    shared = plan_score(256, 64, layout.positions, 10, 2, 1, side=4, elements=layout.elements, variant="pooled")
+    apart = plan_score(256, 64, layout.positions, 10, 2, 1, side=4, variant="pooled")
+    assert apart.memory_bytes() - shared.memory_bytes() == 256 * 64 * (16 * 9 - 49) * 2
+    assert apart.l2_bytes() == shared.l2_bytes()
+
+
 def test_dead_rows_move_only_their_zeros() -> None:
     plan = plan_score(100, 256, 1024, 10, 2, 132)
     assert plan.memory_bytes(live=0) == 100 * 12
@@ -190,6 +201,7 @@ def test_a_plan_covers_every_row_class_and_channel(variant: Any, sms: int) -> No
         ),
         ((64, 7, 5), (2240, 35, 5, 1), "grid2", {"positions": 4 * 3, "width": 3, "side": 2, "image": (7, 5)}),
         ((64, 3, 1), (192, 3, 1, 1), "grid4", {"positions": 2, "width": 1, "side": 4, "image": (3, 1)}),
+        ((64, 1, 1), (64, 1, 1, 1), "grid2", {"positions": 1, "side": 0}),
         ((64,), (64, 1), "grid4", {"channels": 64, "positions": 1, "side": 0}),
         ((64, 4, 5), (1280, 20, 5, 1), "flat", {"channels": 1280, "channel_stride": 1, "flat_shape": (0, 0)}),
         ((64, 4, 5), (1280, 1, 320, 64), "flat", {"flat_shape": (4, 5), "flat_strides": (1, 320)}),

@@ -127,6 +127,7 @@ def test_any_number_of_rows_will_do(pool: str, rank: str, n: int) -> None:
         (2, (19, 3, 3), 1000, "grid2"),
         (2, (6, 33, 35), 3, "grid2"),
         (2, (70, 5, 1), 10, "grid4"),
+        (2, (70, 1, 1), 10, "grid2"),
     ],
     ids=str,
 )

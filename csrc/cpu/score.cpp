@@ -33,13 +33,13 @@ Features view_features(const Tensor& features, const std::string& pool) {
   const int64_t side = pool == "avg" ? 1 : pool == "grid2" ? 2 : pool == "grid4" ? 4 : 0;
   DGATE_CHECK(side || cls || flat, "pool: expected 'avg', 'cls', 'flat', 'grid2' or 'grid4', got '", pool, "'");
   DGATE_CHECK(features.is_cpu(), "features: expected a tensor on cpu, got one on ", place_of(features));
-  const bool fits = cls ? rank == 3 : side > 1 ? rank == 2 || rank == 4 : 2 <= rank && rank <= 4;
-  const char* ranks = cls ? "3" : side > 1 ? "2 or 4" : "2, 3 or 4";
-  DGATE_CHECK(fits, "features: pool='", pool, "' expects rank ", ranks, ", got ", describe(features));
+  DGATE_CHECK(cls ? rank == 3 : 2 <= rank && rank <= 4, "features: pool='", pool, "' expects rank ",
+              cls ? "3" : "2, 3 or 4", ", got ", describe(features));
   DGATE_CHECK(!cls || features.size(1) > 0, "features: pool='cls' expects at least one token, got ",
               describe(features));
-  Features view{
-      features.const_data_ptr(), element_of(features), rank > 2 ? side : 0, features.stride(0), {1, 1, 1}, {1, 1, 1}};
+  const bool map = rank == 4 && features.size(2) * features.size(3) != 1;
+  const int64_t means = map ? side : rank > 2 ? std::min<int64_t>(side, 1) : 0;  // tokens and single elements: no grid
+  Features view{features.const_data_ptr(), element_of(features), means, features.stride(0), {1, 1, 1}, {1, 1, 1}};
   const auto axis = [&](int to, int64_t from) {
     view.size[to] = features.size(from);
     view.stride[to] = features.stride(from);

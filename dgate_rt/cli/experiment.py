@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from dgate_rt.cli.app import app, examples
-from dgate_rt.cli.console import emit_json, out, print_table, say, table
+from dgate_rt.cli.console import command, emit_json, out, print_table, say, table
 from dgate_rt.cli.options import Device, Download, Json, Root, Workers
 
 _EVERY = "all"
@@ -133,9 +132,9 @@ def experiment(
             say(f"{one.name} is left out: {reason}")
             continue
         say(f"{one.name}: {one.title}")
-        found = record.run(one, bench, configured, ["dgate", *sys.argv[1:]])
+        found = record.run(one, bench, configured, command())
         page.write_figures(output / "figures", found)
-        say(f"wrote {output / one.name}.json")
+        say(f"wrote {output / one.name}{record.suffix(found)}.json")
         records.append(found)
     if json_:
         emit_json({found["experiment"]: found for found in records})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from dgate_rt.cli.app import app, examples
-from dgate_rt.cli.console import emit_json, out, print_table, say, table
+from dgate_rt.cli.console import command, emit_json, out, print_table, say, table
 from dgate_rt.cli.options import Json
 
 _MARKS = {True: "[green]yes[/green]", False: "[red]no[/red]", None: ""}
@@ -64,7 +63,7 @@ def bench(
     unknown = [name for name in parts if name not in suite.PARTS]
     if unknown:
         raise ValueError(f"part: expected one of {', '.join(suite.PARTS)}, got {unknown[0]!r}")
-    results = Results(output, ["dgate", *sys.argv[1:]])
+    results = Results(output, command())
     left = [group for group in suite.groups(scale, parts) if only in group.name and group.name not in results]
     for group in track(left, "groups"):
         note(group.name)

@@ -213,7 +213,7 @@ def fit(
         str, typer.Option("--at", help="Submodules to put gates after, with commas between, or auto.")
     ] = "auto",
     loss: Annotated[Loss, typer.Option("--loss", help="What the gates are trained with.")] = Loss.hinge,
-    pool: Annotated[PoolName, typer.Option("--pool", help="How a gate pools features.")] = PoolName.avg,
+    pool: Annotated[PoolName, typer.Option("--pool", help="What a gate reads of a map.")] = PoolName.grid2,
     criterion: Annotated[
         CriterionName, typer.Option("--criterion", help="What is compared with a gate's threshold.")
     ] = CriterionName.margin,

@@ -13,7 +13,7 @@ from dgate_rt.experiments.experiment import Experiment, Result, Table, claim
 from dgate_rt.experiments.plots import mosaic
 from dgate_rt.experiments.workbench import GateSpec, Workbench
 from dgate_rt.figures import classes_figure, earliest_first
-from dgate_rt.gate import leaves
+from dgate_rt.gate import DEFAULT_POOL, Pool, leaves
 from dgate_rt.trace import Trace
 
 _NAMED = 5  # classes
@@ -22,6 +22,7 @@ _NAMED = 5  # classes
 @dataclass(frozen=True)
 class Options:
     gates: int = 3
+    pool: Pool = DEFAULT_POOL
     threshold: float = 1.0  # of every gate; as in Figure 7
     draws: int = 200  # of samples that leave at random, to say what chance gives
     shown: int = 16  # images of each exit
@@ -29,7 +30,7 @@ class Options:
 
 def run(bench: Workbench, options: Options) -> Result:
     """Gate the test split, and count."""
-    specs = [GateSpec(cut) for cut in bench.first_cuts(options.gates)]
+    specs = [GateSpec(cut, pool=options.pool.value) for cut in bench.first_cuts(options.gates)]
     trace = bench.scores(specs).trace(bench.held_out(None)[1])
     exits = trace.replay([options.threshold] * options.gates, bench.costs(specs)).exits
     classes, count = bench.bundle.classes, options.gates + 1

@@ -37,21 +37,32 @@ def of_seed(
     budgets: int,
     criterion: str = "margin",
     cuts: Sequence[str] | None = None,  # of the feature pass; None takes the paper's
+    drop: float | None = None,  # allowed on validation samples; None asks for no such point
 ) -> Result:
-    """The curve of the gates on the samples of a seed, and how accurate the network and every gate alone are there."""
+    """The curve of the gates on the samples of a seed, and how accurate the network and every gate alone are there.
+
+    With ``drop`` also what the cheapest thresholds within it save and lose there.
+    """
 
     def measure() -> Result:
         val, test = bench.held_out(seed)
         scores = bench.scores(specs, cuts)
-        trace = scores.trace(test, criterion)
-        return {
-            "points": along(scores.trace(val, criterion), trace, costs, budgets),
+        chosen, trace = scores.trace(val, criterion), scores.trace(test, criterion)
+        found = {
+            "points": along(chosen, trace, costs, budgets),
             "network": trace.network_accuracy,
             "gates": [float(right.mean()) for right in trace.correct[:-1]],
         }
+        if drop is not None:
+            wanted = chosen.network_accuracy - drop
+            point = search_frontier(chosen, costs, min_accuracy=wanted).cheapest(wanted)
+            replay = trace.replay(point.thresholds, costs)
+            found |= {"saved": 1 - replay.cost / costs.dense, "lost": trace.network_accuracy - replay.accuracy}
+        return found
 
     key = {"fingerprint": bench.fingerprint, "data": bench.settings, "criterion": criterion, "seed": seed}
     key |= {"cuts": cuts} if cuts else {}
+    key |= {} if drop is None else {"drop": drop}
     return bench.store.value("curve", {**key, "budgets": budgets, "gates": [asdict(spec) for spec in specs]}, measure)
 
 

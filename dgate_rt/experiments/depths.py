@@ -17,6 +17,7 @@ from dgate_rt.experiments.plots import Band, bands_figure
 from dgate_rt.experiments.scores import Scores
 from dgate_rt.experiments.workbench import GateSpec, Workbench
 from dgate_rt.frontier import search_frontier
+from dgate_rt.gate import DEFAULT_POOL, Pool
 from dgate_rt.trace import Trace
 
 _NEARLY = 0.9
@@ -27,6 +28,7 @@ Subset = tuple[int, ...]
 @dataclass(frozen=True)
 class Options:
     drop: float = 0.01  # allowed on validation data
+    pool: Pool = DEFAULT_POOL
     seeds: int = 5  # new splits, on each of which gates are chosen anew
     subsets: int = 300  # of one size, the most that are all tried
 
@@ -37,6 +39,7 @@ class _Candidates:
 
     bench: Workbench
     cuts: tuple[str, ...]
+    specs: tuple[GateSpec, ...]
     costs: Costs
     scores: Scores
     drop: float
@@ -61,7 +64,7 @@ class _Candidates:
                 "shares": list(replay.shares),
             }
 
-        gates = [asdict(GateSpec(self.cuts[gate])) for gate in subset]
+        gates = [asdict(self.specs[gate]) for gate in subset]
         key = {"fingerprint": self.bench.fingerprint, "data": self.bench.settings, "cuts": self.cuts, "gates": gates}
         return self.bench.store.value("subset", {**key, "seed": seed, "drop": self.drop}, measure)
 
@@ -95,8 +98,8 @@ def run(bench: Workbench, options: Options) -> Result:
     if not 0 <= options.drop < 1 or options.seeds < 3 or options.subsets < 0:
         raise ValueError(f"set: expected a drop in [0, 1), seeds of at least 3, and subsets, got {options}")
     cuts = block_cuts(bench.meta.name)
-    specs = [GateSpec(cut) for cut in cuts]
-    among = _Candidates(bench, cuts, bench.costs(specs, cuts), bench.scores(specs, cuts), options.drop)
+    specs = tuple(GateSpec(cut, pool=options.pool.value) for cut in cuts)
+    among = _Candidates(bench, cuts, specs, bench.costs(specs, cuts), bench.scores(specs, cuts), options.drop)
     ends = tuple(_last(cuts, end) for end in bench.cuts)
     steps = []
     for gate, found in bench.track(among.greedy(None), "gates chosen one by one"):

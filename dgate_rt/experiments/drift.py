@@ -17,6 +17,7 @@ from dgate_rt.experiments.experiment import BEYOND, Experiment, Result, Table, c
 from dgate_rt.experiments.plots import Band, bands_figure
 from dgate_rt.experiments.workbench import GateSpec, Workbench
 from dgate_rt.frontier import search_frontier
+from dgate_rt.gate import DEFAULT_POOL, Pool
 from dgate_rt.trace import Trace
 
 _STREAM = 3  # of random numbers, beside those of `resampling` and `guarantee`
@@ -26,6 +27,7 @@ _TINY = 1e-9  # less than one sample or window
 @dataclass(frozen=True)
 class Options:
     gates: int = 3
+    pool: Pool = DEFAULT_POOL
     drop: float = 0.01  # allowed on validation data when thresholds are chosen
     windows: int = 100  # of each condition
     window: int = 250  # images
@@ -44,7 +46,7 @@ def run(bench: Workbench, options: Options) -> Result:
     images = bench.settings["samples"]["test"]
     if options.windows < 1 or not 1 <= options.window <= images:
         raise ValueError(f"set: expected windows of at least 1, each of 1 to {images} images, got {options}")
-    specs = [GateSpec(cut) for cut in bench.first_cuts(options.gates)]
+    specs = [GateSpec(cut, pool=options.pool.value) for cut in bench.first_cuts(options.gates)]
     costs, chosen = bench.costs(specs), bench.scores(specs).trace(bench.held_out(None)[0])
     wanted = chosen.network_accuracy - options.drop
     point = search_frontier(chosen, costs, min_accuracy=wanted).cheapest(wanted)

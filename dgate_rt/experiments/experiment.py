@@ -9,6 +9,7 @@ import difflib
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from enum import Enum
 from typing import Any
 
 import numpy as np
@@ -105,8 +106,12 @@ def _parsed(name: str, text: str, default: Any) -> Any:
             return tuple(float(part) for part in text.split(","))
         return type(default)(text)
     except ValueError:
-        raise ValueError(f"set: expected {name} like {_written(default)}, got {text!r}") from None
+        known = [member.value for member in type(default)] if isinstance(default, Enum) else []
+        wanted = f"one of {', '.join(known)} for {name}" if known else f"{name} like {_written(default)}"
+        raise ValueError(f"set: expected {wanted}, got {text!r}") from None
 
 
 def _written(value: Any) -> str:
-    return ",".join(f"{item:g}" for item in value) if isinstance(value, tuple) else str(value)
+    if isinstance(value, tuple):
+        return ",".join(f"{item:g}" for item in value)
+    return str(value.value if isinstance(value, Enum) else value)

@@ -17,6 +17,7 @@ from dgate_rt.experiments.experiment import BEYOND, Experiment, Result, Table, c
 from dgate_rt.experiments.plots import Band, bands_figure
 from dgate_rt.experiments.workbench import GateSpec, Workbench
 from dgate_rt.frontier import Thresholds, search_frontier
+from dgate_rt.gate import DEFAULT_POOL, Pool
 from dgate_rt.risk import certify
 from dgate_rt.trace import Trace
 
@@ -31,6 +32,7 @@ class Options:
     calibrations: int = 200
     samples: int = 3000  # drawn for each
     gates: int = 3
+    pool: Pool = DEFAULT_POOL
     drops: tuple[float, ...] = (0.005, 0.01, 0.02)  # bounds on the true drop
     confidence: float = 0.95
 
@@ -39,7 +41,7 @@ def run(bench: Workbench, options: Options) -> Result:
     """Calibrate again and again with and without guarantee, and replay the thresholds on the whole population."""
     if options.calibrations < 1 or options.samples < 1 or min(options.drops) <= 0:
         raise ValueError(f"set: expected calibrations and samples of at least 1, and drops above 0, got {options}")
-    specs = [GateSpec(cut) for cut in bench.first_cuts(options.gates)]
+    specs = [GateSpec(cut, pool=options.pool.value) for cut in bench.first_cuts(options.gates)]
     costs, population = bench.costs(specs), bench.scores(specs).trace(np.concatenate(bench.held_out(None)))
     found = [
         _calibrated(bench, specs, population, costs, number, options)

@@ -13,6 +13,7 @@ from dgate_rt.experiments.experiment import BEYOND, Experiment, Result, Table, c
 from dgate_rt.experiments.plots import Band, bands_figure
 from dgate_rt.experiments.workbench import GateSpec, Workbench
 from dgate_rt.frontier import search_frontier, sequential
+from dgate_rt.gate import DEFAULT_POOL, Pool
 
 WAYS = ("joint", "sequential")
 _GRID = 41
@@ -22,6 +23,7 @@ _GRID = 41
 class Options:
     seeds: int = 10
     gates: int = 3
+    pool: Pool = DEFAULT_POOL
     drops: tuple[float, ...] = (0.0, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.04)  # allowed on validation data
     judged: float = 0.01  # the one of them at which ways are compared
 
@@ -31,12 +33,15 @@ def run(bench: Workbench, options: Options) -> Result:
     if options.seeds < 3 or len(options.drops) < 2 or options.judged not in options.drops:
         raise ValueError(f"set: expected seeds of at least 3, two drops or more, and judged among them, got {options}")
     cuts = bench.first_cuts(options.gates)
-    costs = bench.costs([GateSpec(cut, resample=0) for cut in cuts])  # those of any gates of this pool
+    specs = {
+        seed: [GateSpec(cut, pool=options.pool.value, resample=seed) for cut in cuts] for seed in range(options.seeds)
+    }
+    costs = bench.costs(specs[0])  # those of any gates of this pool
     for part in ("val", "test"):
-        bench.features(part)
+        bench.features(part, options.pool.value)
     found = [
-        _chosen(bench, [GateSpec(cut, resample=seed) for cut in cuts], costs, seed, options.drops)
-        for seed in bench.track(range(options.seeds), "gates of each seed, and their thresholds in both ways")
+        _chosen(bench, specs[seed], costs, seed, options.drops)
+        for seed in bench.track(specs, "gates of each seed, and their thresholds in both ways")
     ]
     network = [one["network"] for one in found]
     result = {

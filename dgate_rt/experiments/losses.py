@@ -14,6 +14,7 @@ from dgate_rt.experiments.experiment import Experiment, Result, Table, claim, sp
 from dgate_rt.experiments.plots import Band, bands_figure
 from dgate_rt.experiments.scores import CRITERIA
 from dgate_rt.experiments.workbench import GateSpec, Workbench
+from dgate_rt.gate import DEFAULT_POOL, Pool
 from dgate_rt.train import LOSSES
 
 OURS, THEIRS = "hinge, margin", "cross-entropy, softmax"
@@ -25,6 +26,7 @@ _SAID = {"hinge": "hinge", "cross_entropy": "cross-entropy"}
 class Options:
     seeds: int = 5
     gates: int = 2
+    pool: Pool = DEFAULT_POOL
     budgets: int = 41  # mean FLOPs a sample for which thresholds are chosen
 
 
@@ -32,14 +34,14 @@ def run(bench: Workbench, options: Options) -> Result:
     """Every seed: gates of both losses on a bootstrap, thresholds on a new validation split, accuracy on the rest."""
     if options.seeds < 3 or options.budgets < 2:
         raise ValueError(f"set: expected seeds of at least 3 and budgets of at least 2, got {options}")
-    cuts, seeds = bench.first_cuts(options.gates), range(options.seeds)
+    cuts, seeds, pool = bench.first_cuts(options.gates), range(options.seeds), options.pool.value
     jobs = [(seed, loss, criterion) for seed in seeds for loss in LOSSES for criterion in CRITERIA]
-    costs = bench.costs([GateSpec(cut, resample=0) for cut in cuts])  # those of any gates of this pool
+    costs = bench.costs([GateSpec(cut, pool=pool, resample=0) for cut in cuts])  # those of any gates of this pool
     found: dict[str, list[Any]] = {}
     for part in ("val", "test"):
-        bench.features(part)
+        bench.features(part, pool)
     for seed, loss, criterion in bench.track(jobs, "gates of each loss and seed, by each criterion"):
-        specs = [GateSpec(cut, loss, resample=seed) for cut in cuts]
+        specs = [GateSpec(cut, loss, pool, resample=seed) for cut in cuts]
         curve = curves.of_seed(bench, specs, costs, seed, options.budgets, criterion)
         found.setdefault(f"{_SAID[loss]}, {criterion}", []).append(curve)
     return {"cuts": cuts, "gflops": costs.dense / 1e9, **_compared(found)}

@@ -192,8 +192,10 @@ def _html(block: Block) -> str:
 
 
 def _on(found: Record) -> str:
-    s = found["settings"]
-    return f"{s['backbone']}, width {s['width']:g}, {s['data']} at {s['image_size']} pixels"
+    """Network and images, and what gates read."""
+    s, pool = found["settings"], record.pool(found)
+    gates = f", gates read {pool}" if pool else ""
+    return f"{s['backbone']}, width {s['width']:g}, {s['data']} at {s['image_size']} pixels{gates}"
 
 
 def _by(found: Record) -> str:
@@ -202,7 +204,7 @@ def _by(found: Record) -> str:
 
 def _slug(found: Record) -> str:
     s = found["settings"]
-    return f"{found['experiment']}-{s['backbone']}-{s['width']:g}-{s['data']}-{s['image_size']}"
+    return f"{found['experiment']}{record.suffix(found)}-{s['backbone']}-{s['width']:g}-{s['data']}-{s['image_size']}"
 
 
 if __name__ == "__main__":

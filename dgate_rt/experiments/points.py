@@ -17,6 +17,7 @@ from dgate_rt.experiments.plots import marked_figure
 from dgate_rt.experiments.scores import Scores
 from dgate_rt.experiments.workbench import GateSpec, Workbench
 from dgate_rt.frontier import search_frontier
+from dgate_rt.gate import DEFAULT_POOL, Pool
 from dgate_rt.program import GateProgram
 from dgate_rt.report import configuration
 from dgate_rt.timing import interleaved, machine_header
@@ -50,6 +51,7 @@ _LEAST_IMAGES = 32  # timed one by one
 @dataclass(frozen=True)
 class Options:
     gates: int = 3
+    pool: Pool = DEFAULT_POOL
     drops: tuple[float, ...] = (0.0275, 0.0175, 0.0075, 0.0)  # allowed on validation data; about those of Table 1
     batch_sizes: tuple[float, ...] = (1, 32, 128)
     images: int = 128  # timed a round, or a batch if that is more
@@ -58,7 +60,7 @@ class Options:
 
 def run(bench: Workbench, options: Options) -> Result:
     """Choose every point on validation data, test it, and time it in turn with the dense network."""
-    specs = [GateSpec(cut) for cut in bench.first_cuts(options.gates)]
+    specs = [GateSpec(cut, pool=options.pool.value) for cut in bench.first_cuts(options.gates)]
     costs, scores, (val, test) = bench.costs(specs), bench.scores(specs), bench.held_out(None)
     chosen, tested = scores.trace(val), scores.trace(test)
     programs, rows = [], []

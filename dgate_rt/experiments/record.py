@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import numpy as np
 import dgate_rt
 from dgate_rt.experiments.experiment import Experiment
 from dgate_rt.experiments.workbench import Workbench
+from dgate_rt.gate import DEFAULT_POOL, Pool
 from dgate_rt.timing import commit, machine_header
 from dgate_rt.writing import finite, whole_file
 
@@ -26,7 +27,7 @@ _FORMAT = "dgate_rt.experiment"
 _DIGITS = 6
 
 
-def run(experiment: Experiment, bench: Workbench, options: Any, command: Sequence[str]) -> Record:
+def run(experiment: Experiment, bench: Workbench, options: Any, command: str) -> Record:
     """Run an experiment and keep its record in the folder of the workbench, whole or not at all.
 
     For one machine and one commit the settings and options decide every number of the result, but for measured times:
@@ -42,7 +43,7 @@ def run(experiment: Experiment, bench: Workbench, options: Any, command: Sequenc
     record = {
         "format": _FORMAT,
         "experiment": experiment.name,
-        "command": " ".join(command),
+        "command": command,
         "commit": commit(),
         "machine": machine_header(),
         "versions": {"dgate_rt": dgate_rt.__version__, "numpy": np.__version__},
@@ -53,10 +54,20 @@ def run(experiment: Experiment, bench: Workbench, options: Any, command: Sequenc
         "result": _rounded(result),
     }
     record = finite(record)
-    with whole_file(bench.folder / f"{experiment.name}.json") as file:
+    with whole_file(bench.folder / f"{experiment.name}{suffix(record)}.json") as file:
         json.dump(record, file, indent=1, allow_nan=False)
         file.write("\n")
     return record
+
+
+def pool(found: Record) -> str:
+    """What the gates of a record read, nothing where it compares that; before it was an option they read one mean."""
+    return "" if found["experiment"] == "pools" else found["options"].get("pool", Pool.AVG.value)
+
+
+def suffix(found: Record) -> str:
+    """What the names of its files have behind that of the experiment: what gates read, where it is not the default."""
+    return "" if pool(found) in ("", DEFAULT_POOL.value) else f"-{pool(found)}"
 
 
 def load(sources: Iterable[Path]) -> dict[Path, Record]:

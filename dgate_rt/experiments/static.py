@@ -22,6 +22,7 @@ from dgate_rt.experiments.training import Training
 from dgate_rt.experiments.workbench import GateSpec, Workbench
 from dgate_rt.flops import count_flops
 from dgate_rt.frontier import OperatingPoint, search_frontier
+from dgate_rt.gate import DEFAULT_POOL, Pool
 from dgate_rt.trace import Trace
 
 _BASE = 64  # a width of 1 / 64 is one channel of a ResNet's first block
@@ -31,6 +32,7 @@ _BATCH, _BUDGETS = 128, 41
 @dataclass(frozen=True)
 class Options:
     gates: int = 3
+    pool: Pool = DEFAULT_POOL
     drops: tuple[float, ...] = (0.0275, 0.01, 0.0)  # allowed on validation data; each has a static network of its FLOPs
     multiple: int = 2  # of the static networks' channel counts
 
@@ -44,7 +46,7 @@ def run(bench: Workbench, options: Options) -> Result:
     """For each point train the static network nearest in FLOPs, and give the gated one no more than it takes."""
     if not options.drops or options.multiple < 1:
         raise ValueError(f"set: expected a drop or more and a multiple of at least 1, got {options}")
-    specs = [GateSpec(cut) for cut in bench.first_cuts(options.gates)]
+    specs = [GateSpec(cut, pool=options.pool.value) for cut in bench.first_cuts(options.gates)]
     costs, scores, (val, test) = bench.costs(specs), bench.scores(specs), bench.held_out(None)
     chosen, tested = scores.trace(val), scores.trace(test)
     how = bench.training or Training()

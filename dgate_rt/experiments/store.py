@@ -1,7 +1,8 @@
 """What was expensive to come by, kept in a folder under what decides it: found again, or made.
 
 Each thing is one file, ``KIND-HASH.safetensors`` or ``.json``, that holds its key in full. It gets its name when all of
-it is written, so an interruption at any moment leaves whole files only; a file ``.partial`` is written over.
+it is written, so an interruption at any moment leaves whole files only; a ``.partial`` of a process that was killed is
+written over.
 """
 
 from __future__ import annotations

@@ -10,12 +10,14 @@ import numpy as np
 from dgate_rt.experiments.experiment import Experiment, Result, Table, claim, points
 from dgate_rt.experiments.plots import surface_figure
 from dgate_rt.experiments.workbench import GateSpec, Workbench
+from dgate_rt.gate import DEFAULT_POOL, Pool
 
 
 @dataclass(frozen=True)
 class Options:
     most: float = 3.0  # the largest threshold of both gates; the smallest is 0
     steps: int = 31  # thresholds of each gate
+    pool: Pool = DEFAULT_POOL
     tolerance: float = 0.001  # an accuracy within this of the network's is "the same"
 
 
@@ -23,7 +25,7 @@ def run(bench: Workbench, options: Options) -> Result:
     """Replay every pair of thresholds on the test split."""
     if options.steps < 2 or not options.most > 0:
         raise ValueError(f"set: expected steps of at least 2 and most above 0, got {options}")
-    specs = [GateSpec(cut) for cut in bench.first_cuts(2)]
+    specs = [GateSpec(cut, pool=options.pool.value) for cut in bench.first_cuts(2)]
     costs = bench.costs(specs)
     trace = bench.scores(specs).trace(bench.held_out(None)[1])
     thresholds = np.linspace(0, options.most, options.steps)

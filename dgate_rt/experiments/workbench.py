@@ -30,7 +30,7 @@ from dgate_rt.experiments.training import Training
 from dgate_rt.features import SKIP, DiskCache, Features, collect
 from dgate_rt.files import Network, open_data, open_network
 from dgate_rt.frontier import Frontier, OperatingPoint
-from dgate_rt.gate import Gate, Pool
+from dgate_rt.gate import DEFAULT_POOL, Gate, Pool
 from dgate_rt.program import GateProgram
 from dgate_rt.progress import note, track
 from dgate_rt.staged import StagedModel, split
@@ -49,7 +49,7 @@ class GateSpec:
 
     cut: str
     loss: str = "hinge"
-    pool: str = "avg"
+    pool: str = DEFAULT_POOL.value
     l2: float = 1e-3
     resample: int | None = None  # train on a bootstrap of this seed; None takes every sample once
 
@@ -181,7 +181,7 @@ class Workbench:
     def features(
         self,
         part: str,
-        pool: str = "avg",
+        pool: str = DEFAULT_POOL.value,
         cuts: Sequence[str] | None = None,
         corruption: tuple[str, int] | None = None,  # kind and severity, of the test split
     ) -> Features:
