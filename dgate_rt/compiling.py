@@ -189,7 +189,7 @@ def _sizes(
         return [size for part, size in parts for _ in part.stages]
     if buckets == "auto" and executor != "refill":
         return likely_sizes(batch_size, shares)
-    sizes = entry_sizes(batch_size, buckets)  # refill makes up any number of a few
-    if buckets == "auto" and sizes[-2:][0] < batch_size // 2:  # about what gates leave of a batch by itself
-        sizes = (*sizes[:-1], batch_size // 2, batch_size)
-    return [sizes] * len(shares)
+    few = entry_sizes(batch_size, buckets)  # of which refill makes up any number
+    if buckets == "auto" and few[-2:][0] < batch_size // 2:  # about what gates leave of a batch by itself
+        few = (*few[:-1], batch_size // 2, batch_size)
+    return [few] * len(shares)
