@@ -134,7 +134,7 @@ def experiment(
         say(f"{one.name}: {one.title}")
         found = record.run(one, bench, configured, command())
         page.write_figures(output / "figures", found)
-        say(f"wrote {output / one.name}{record.suffix(found)}.json")
+        say(f"wrote {output / record.file_name(found)}")
         records.append(found)
     if json_:
         emit_json({found["experiment"]: found for found in records})

@@ -203,8 +203,8 @@ def _by(found: Record) -> str:
 
 
 def _slug(found: Record) -> str:
-    s = found["settings"]
-    return f"{found['experiment']}{record.suffix(found)}-{s['backbone']}-{s['width']:g}-{s['data']}-{s['image_size']}"
+    s, suffix = found["settings"], record.suffix(record.pool(found))
+    return f"{found['experiment']}{suffix}-{s['backbone']}-{s['width']:g}-{s['data']}-{s['image_size']}"
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ def run(experiment: Experiment, bench: Workbench, options: Any, command: str) ->
         "result": _rounded(result),
     }
     record = finite(record)
-    with whole_file(bench.folder / f"{experiment.name}{suffix(record)}.json") as file:
+    with whole_file(bench.folder / file_name(record)) as file:
         json.dump(record, file, indent=1, allow_nan=False)
         file.write("\n")
     return record
@@ -65,9 +65,14 @@ def pool(found: Record) -> str:
     return "" if found["experiment"] == "pools" else found["options"].get("pool", Pool.AVG.value)
 
 
-def suffix(found: Record) -> str:
-    """What the names of its files have behind that of the experiment: what gates read, where it is not the default."""
-    return "" if pool(found) in ("", DEFAULT_POOL.value) else f"-{pool(found)}"
+def file_name(found: Record) -> str:
+    """What the file of a record is called."""
+    return f"{found['experiment']}{suffix(found['options'].get('pool', ''))}.json"
+
+
+def suffix(pool: str) -> str:
+    """What names have behind that of an experiment: what its gates read, where it is not the default."""
+    return "" if pool in ("", DEFAULT_POOL.value) else f"-{pool}"
 
 
 def load(sources: Iterable[Path]) -> dict[Path, Record]:
