@@ -190,6 +190,6 @@ def _sizes(
     if buckets == "auto" and executor != "refill":
         return likely_sizes(batch_size, shares)
     few = entry_sizes(batch_size, buckets)  # of which refill makes up any number
-    if buckets == "auto" and few[-2:][0] < batch_size // 2:  # about what gates leave of a batch by itself
+    if buckets == "auto" and len(few) > 1 and few[-2] < batch_size // 2:  # about what gates leave of a batch by itself
         few = (*few[:-1], batch_size // 2, batch_size)
     return [few] * len(shares)

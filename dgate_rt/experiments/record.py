@@ -70,9 +70,9 @@ def file_name(found: Record) -> str:
     return f"{found['experiment']}{suffix(found['options'].get('pool', ''))}.json"
 
 
-def suffix(pool: str) -> str:
+def suffix(read: str) -> str:
     """What names have behind that of an experiment: what its gates read, where it is not the default."""
-    return "" if pool in ("", DEFAULT_POOL.value) else f"-{pool}"
+    return "" if read in ("", DEFAULT_POOL.value) else f"-{read}"
 
 
 def load(sources: Iterable[Path]) -> dict[Path, Record]:
