@@ -6,6 +6,7 @@ sample, the figure of the paper's Table 1.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -41,6 +42,12 @@ class Costs:
         """Cost of a sample that leaves at each exit; a gate that is off costs nothing."""
         used = [0.0 if t == np.inf else cost for cost, t in zip(self.gates, thresholds, strict=True)]
         return np.cumsum(self.stages) + np.cumsum([*used, 0.0])
+
+    def keeping(self, gates: Sequence[int]) -> Costs:
+        """Of the network cut at some of its gates only, by ascending index: the stages up to each are one."""
+        ends = [*(gate + 1 for gate in gates), len(self.stages)]
+        stages = [math.fsum(self.stages[start:end]) for start, end in zip([0, *ends], ends, strict=False)]
+        return Costs(self.unit, tuple(stages), tuple(self.gates[gate] for gate in gates))
 
 
 def stage_flops(
