@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 
+from dgate_rt.allocator import keep_freed_memory
 from dgate_rt.engines import StageEngine, prepare
 from dgate_rt.errors import ExecutorError
 from dgate_rt.executors import EXECUTORS, GatedModel, Setup, prefers_channels_last
@@ -46,6 +47,7 @@ def compile(
     losing_gates: Literal["keep", "off"] = "keep",
     early_answers: bool = False,
     monitor: bool = False,
+    keep_memory: bool = True,
 ) -> Runtime:
     """Make a program ready to run.
 
@@ -82,6 +84,8 @@ def compile(
             ``"eager"`` on the CPU, and ``"graph"``.
         monitor: count on the device where samples leave and with what scores, and compare that with the validation
             samples when asked (`Runtime.monitor`): whether the data have drifted, without labels.
+        keep_memory: on the CPU, let this process keep the memory that it frees, all of it and from now on, since fresh
+            pages cost large batches more than gates save (`dgate_rt.allocator`). False leaves that as it is.
 
     Raises:
         TypeError: if ``program`` is no program, or ``engine`` neither a name nor a function.
@@ -112,6 +116,8 @@ def compile(
         raise ValueError(f"batch_size: expected at most {MOST_ROWS_ON_CUDA} on cuda, got {batch_size}")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ExecutorError(f"device: {device} was asked for, but torch sees no CUDA device here")
+    if device.type == "cpu" and keep_memory:  # before anything is timed
+        keep_freed_memory()
     kind, reason = "cpu-sim" if simulated else device.type, "asked for"
     if executor == "auto":
         executor, reason = _choice(kind, program, early_answers)

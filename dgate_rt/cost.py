@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dgate_rt.allocator import keep_freed_memory
 from dgate_rt.executors.base import deploy, prefers_channels_last
 from dgate_rt.flops import count_flops
 from dgate_rt.gate import GRIDS, Gate, Pool
@@ -105,6 +106,8 @@ def measure_costs(
 
 def _times(staged: StagedModel, gates: Sequence[Gate], example: Tensor) -> Costs:
     shape, dtype, device = example.shape[1:], example.dtype, example.device
+    if device.type == "cpu":  # as where it will run
+        keep_freed_memory()
     channels_last = prefers_channels_last(staged, shape, device)
     copied = deploy(staged, device, channels_last)
     sizes = sizes_up_to(len(example))
