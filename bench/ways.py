@@ -162,7 +162,8 @@ class Kept:
     """What an engine made, by stage, example and sizes; the stages of two copies of a network are the same."""
 
     def __init__(self, engine: StageEngine) -> None:
-        self.name, self.any_size, self._engine = name_of(engine), getattr(engine, "any_size", False), engine
+        self.name, self._engine = name_of(engine), engine
+        self.any_size, self.own_threads = (getattr(engine, what, False) for what in ("any_size", "own_threads"))
         self._made: dict[object, Callable[..., Boundary]] = {}
 
     def __call__(self, stage: nn.Module, example: tuple[Tensor, ...], sizes: Sequence[int]) -> Callable[..., Boundary]:

@@ -81,13 +81,8 @@ def _blocks(profile: _Profile, path: str) -> list[_Child]:
     for child in profile.children(path):
         parts = [part for part in profile.children(child.path) if part.weights >= 2]
         divided = sum(profile.share(part.path) for part in parts) >= _TRUNK_SHARE * profile.share(child.path)
-        inside = _blocks(profile, child.path) if parts and divided else []
-        if len(inside) > 1:
-            found += inside
-        elif child.single and child.weights >= 2:
-            found.append(child)
-        else:
-            found += inside
+        nested = _blocks(profile, child.path) if parts and divided else []
+        found += [child] if len(nested) < 2 and child.single and child.weights >= 2 else nested
     return found
 
 

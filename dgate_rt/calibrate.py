@@ -13,15 +13,18 @@ from torch import nn
 
 from dgate_rt.batches import check_staged, frozen
 from dgate_rt.cost import CostKind, measure_costs
+from dgate_rt.errors import UnreachableTargetError
 from dgate_rt.example import distinct_rows
 from dgate_rt.frontier import search_frontier
 from dgate_rt.gate import Gate
 from dgate_rt.independence import check_stages
 from dgate_rt.program import GateProgram, check_targets
 from dgate_rt.risk import Guarantee, certify, check_bound, halves, samples_needed
-from dgate_rt.selection import select_gates
+from dgate_rt.selection import Subset, select_gates
 from dgate_rt.staged import StagedModel
 from dgate_rt.trace import Trace, collect_trace
+
+_CHOSEN_BEFORE = "unless by other samples than those of the loader, the guarantee does not hold"
 
 
 def calibrate(
@@ -56,12 +59,14 @@ def calibrate(
         confidence: the probability, in (0, 1), with which ``max_accuracy_drop`` is to hold on new data from the
             distribution of ``loader``, and not on this data alone, which new data often exceeds. A
             guarantee for any number of samples, if they are independent: fixed-sequence testing on half of them, see
-            `dgate_rt.risk`. The program carries it, as ``guarantee``.
+            `dgate_rt.risk`. The program carries it, as ``guarantee``. These samples must not have chosen the gates
+            before, in another call with ``max_gates``.
         max_gates: keep at most so many of the gates, chosen one by one as they make the target cheapest (or, with
             ``max_cost``, most accurate), by the samples that choose the thresholds (`dgate_rt.selection`). The network
             of the program is cut at these alone. None keeps all. For networks that are cut after every block.
         cost: ``"flops"`` counts, ``"time"`` measures stages and gates here, at the batch size that suits each best,
-            up to the loader's.
+            up to the loader's; of stages that ``max_gates`` joins the times are added up. On the CPU it has this
+            process keep the memory that it frees, as `compile` does.
         device: where ``staged`` and ``gates`` are.
         progress: show a progress bar.
 
@@ -80,6 +85,8 @@ def calibrate(
         check_bound(max_accuracy_drop, confidence)
     if max_gates is not None and (not isinstance(max_gates, int) or max_gates < 1):
         raise ValueError(f"max_gates: expected a whole number of at least 1, or None for all, got {max_gates!r}")
+    if confidence is not None and staged.split_at != staged.cuts:
+        warnings.warn("confidence: these gates were chosen among others; " + _CHOSEN_BEFORE, stacklevel=2)
     device = check_staged(staged, device)
     checked = _check_gates(staged, gates)
     with frozen(staged):
@@ -93,20 +100,26 @@ def calibrate(
 
     if max_gates is not None:
         seen = trace if confidence is None else halves(trace)[0]  # those that test the thresholds have no say in them
-        kept = select_gates(seen, costs, max_gates, min_accuracy=wanted(seen), max_cost=max_cost, progress=progress)
+        kept: Subset = ()
+        if len(seen.targets):
+            target = {"min_accuracy": wanted(seen)} if max_cost is None else {"max_cost": max_cost}
+            kept = select_gates(seen, costs, max_gates, **target, progress=progress)
         staged, checked = staged.keeping([staged.cuts[gate] for gate in kept]), tuple(checked[gate] for gate in kept)
         trace, costs = trace.keeping(kept), costs.keeping(kept)
-        if not kept:
-            warnings.warn(
-                "max_gates: no gate makes this target cheaper; the program is the network alone", stacklevel=2
-            )
     guarantee = None
-    if max_cost is not None:
-        frontier = search_frontier(trace, costs, max_cost=max_cost)
-        point = frontier.most_accurate(max_cost)
-    else:
-        frontier = search_frontier(trace, costs, min_accuracy=wanted(trace))
-        point = frontier.cheapest(wanted(trace))
+    try:
+        if max_cost is not None:
+            frontier = search_frontier(trace, costs, max_cost=max_cost)
+            point = frontier.most_accurate(max_cost)
+        else:
+            frontier = search_frontier(trace, costs, min_accuracy=wanted(trace))
+            point = frontier.cheapest(wanted(trace))
+    except UnreachableTargetError as error:
+        if max_gates is None:
+            raise
+        raise UnreachableTargetError(f"{error}, with at most {max_gates} gates") from error
+    if max_gates is not None and not staged.gate_count:
+        warnings.warn("max_gates: no gate helps towards this target; the program is the network alone", stacklevel=2)
     if max_accuracy_drop is not None and confidence is not None:
         point, guarantee = certify(trace, costs, max_accuracy_drop, confidence)
         if point.shares[-1] == 1 and staged.gate_count:

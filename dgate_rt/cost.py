@@ -86,7 +86,8 @@ def measure_costs(
     """Cost of every stage and gate on inputs like ``example``: counted FLOPs, or measured milliseconds a sample.
 
     Times are those at the batch size that suits each stage best, in the memory format that `compile` would choose:
-    measured once on a machine and then kept (`dgate_rt.stage_times`).
+    measured once on a machine and then kept (`dgate_rt.stage_times`); on the CPU with freed memory kept by the process,
+    from then on (`dgate_rt.allocator`).
 
     Raises:
         ValueError: if ``kind`` is neither ``"flops"`` nor ``"time"``, or ``example`` has no rows.

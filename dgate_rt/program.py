@@ -201,6 +201,11 @@ def _stage(header: dict[str, Any], model: nn.Module) -> StagedModel:
                 f"backbone: expected a model with cuts {split_at}, got {type(model).__name__}: {error}; "
                 "a program for a hand-made StagedModel wants that StagedModel"
             ) from error
+    if list(staged.split_at) == header["cuts"] != split_at:
+        raise ProgramError(
+            f"backbone: expected the model itself, or a StagedModel with the cuts {split_at}, of which this program "
+            f"keeps {header['cuts']}; got one that was split at these alone"
+        )
     if list(staged.cuts) == split_at != header["cuts"]:
         staged = staged.keeping(header["cuts"])
     if list(staged.cuts) != header["cuts"]:

@@ -58,9 +58,10 @@ def select_gates(
         costs: of all stages and gates.
         most: at least 1.
         min_accuracy: the gates are to make this accuracy cheap.
-        max_cost: the gates are to be accurate within this cost.
+        max_cost: the gates are to be accurate within this cost; in place of ``min_accuracy``.
         progress: show a bar.
     """
+    assert (min_accuracy is None) != (max_cost is None)
 
     def worth(subset: Subset) -> Worth:
         part, prices = trace.keeping(subset), costs.keeping(subset)
@@ -68,12 +69,17 @@ def select_gates(
         try:
             if max_cost is not None:
                 point = frontier.most_accurate(max_cost)
-                return 1.0, point.accuracy, -point.cost
+                return 1.0, point.accuracy, -_rounded(point.cost)
             assert min_accuracy is not None
-            return 1.0, -frontier.cheapest(min_accuracy).cost
+            return 1.0, -_rounded(frontier.cheapest(min_accuracy).cost)
         except UnreachableTargetError:  # by these few; the nearer, the better
-            return 0.0, frontier.points[-1].accuracy if max_cost is None else -frontier.points[0].cost
+            return 0.0, frontier.points[-1].accuracy if max_cost is None else -_rounded(frontier.points[0].cost)
 
     steps = track(forward_selection(len(costs.gates), worth), "gates chosen one by one", most, progress)
     chosen = [subset for _, subset in islice(steps, most)]
     return chosen[-1] if chosen else ()
+
+
+def _rounded(cost: float) -> float:
+    """Without the float noise by which sums of the same times differ: a gate that is off must not win by it."""
+    return float(f"{cost:.9g}")

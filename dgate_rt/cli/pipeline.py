@@ -215,7 +215,8 @@ def fit(
         typer.Option(
             "--at",
             help="Submodules to put gates after, with commas between; auto for the ends of the main blocks; or blocks "
-            "for every block, of which [bold]dgate calibrate --max-gates[/bold] keeps few.",
+            "for every block, of which [bold]dgate calibrate --max-gates[/bold] keeps few. A module of that name takes "
+            "a comma: blocks,",
         ),
     ] = "auto",
     loss: Annotated[Loss, typer.Option("--loss", help="What the gates are trained with.")] = Loss.hinge,
@@ -249,7 +250,9 @@ def fit(
     loader = bundle.loader("train", batch_size, workers=workers)
     val_loader = bundle.loader("val", batch_size, workers=workers)
     example = next(iter(val_loader))[0][:2].to(device)
-    staged = split(net.model, at if at in ("auto", "blocks") else [name.strip() for name in at.split(",")], example)
+    staged = split(
+        net.model, at if at in ("auto", "blocks") else [name.strip() for name in at.split(",") if name.strip()], example
+    )
     gates = fit_gates(
         staged,
         loader,
