@@ -212,9 +212,9 @@ EXPERIMENT = Experiment(
     source=BEYOND,
     about="A gate after each residual block of a ResNet, or each dense block and transition of a DenseNet, but the "
     "last, trained with hinge loss on one pass of features. They are added one by one, each time that which lowers the "
-    "cost of the cheapest thresholds on validation data most, until none does. Every choice of as many as the paper "
-    "has, or fewer, is tried where there are not too many. The paper's places are also compared on new splits of "
-    "validation and test samples, with the same gates.",
+    "cost of the cheapest thresholds on validation data most, until none does, as calibrate(max_gates=...) does. Every "
+    "choice of as many as the paper has, or fewer, is tried where there are not too many. The paper's places are also "
+    "compared on new splits of validation and test samples, with the same gates.",
     options=Options(),
     quick=Options(seeds=3, subsets=20),
     run=run,
