@@ -2,7 +2,8 @@
 
     python -m dgate_rt.bench.memory WAY BATCH_SIZE DTYPE
 
-prints one JSON object: resident MiB before the first batch, the peak while batches run, and milliseconds a sample.
+prints one JSON object: resident MiB after one sample, with what was freed given back, the peak while batches run, and
+milliseconds a sample.
 """
 
 from __future__ import annotations

@@ -15,9 +15,10 @@ chunk before is a multiple of the one behind. The chunks that cost least follow 
 whose state is the chunk of the stage before.
 
 Samples are to wait for each other only where that pays, and times of single stages promise more than a whole network
-keeps: one stage clears the caches of the next. So all stages run at one size unless chunks of their own are expected to
-take less by `WORTH`, and unless no time is a guess: those favour small sizes. That size is the whole batch if it is
-small; of larger ones the memory grows with it, so it is the least that is `ALIKE` the best.
+keeps: one stage clears the caches of the next. So all stages run at one size, unless chunks of their own are expected
+to take less by `WORTH`. That size is the whole batch if it is small; the memory of larger ones grows with it, so of
+those it is the least that is `ALIKE` the best. With a guess among the times, which favours small sizes, it is the whole
+batch.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ MOST_ROWS_ON_CUDA = 65_536
 """What one launch of the route takes; kMaxRows in csrc/cuda/route_arguments.h."""
 _ON_ANY_ENGINE = ("dense", "eager", "refill", "graph")
 _CHOICE = {
-    "cpu": ("refill", "every stage at the batch size that suits it on a CPU"),
+    "cpu": ("refill", "chunks that suit a CPU"),
     "cpu-sim": ("graph", "what is simulated"),
 }
 _SHOWS_EARLY = ("eager", "what shows early answers on the CPU")
@@ -73,9 +73,10 @@ def compile(
             that prepare a stage for each batch size, those sizes; by default six a stage that suit the program's exit
             shares, and leave some room for others but for ``"graph"``, or for ``"refill"`` the powers of four
             and half of ``batch_size``.
-        chunks: for ``"refill"``, how many samples each stage runs on at a time. By default those that should cost least
-            (`dgate_rt.chunks`) by the times of the stages on this machine: measured once, in seconds, and then kept in
-            the user's cache directory (`dgate_rt.stage_times`).
+        chunks: for ``"refill"``, how many samples each stage runs on at a time. By default one size for
+            all or, where that should save a tenth, those that should cost least (`dgate_rt.chunks`), by the times of
+            the stages on this machine: measured once, in seconds, and then kept in the user's cache directory
+            (`dgate_rt.stage_times`).
         remeasure: measure those times again.
         losing_gates: for ``"refill"`` with those times, what happens to gates that take more of them than they save at
             the program's exit shares. ``"keep"`` only tells (`Runtime.describe`), because other gates give other
@@ -85,7 +86,7 @@ def compile(
         monitor: count on the device where samples leave and with what scores, and compare that with the validation
             samples when asked (`Runtime.monitor`): whether the data have drifted, without labels.
         keep_memory: on the CPU, let this process keep the memory that it frees, all of it and from now on, since fresh
-            pages cost large batches more than gates save (`dgate_rt.allocator`). False leaves that as it is.
+            pages cost large batches about what gates save (`dgate_rt.allocator`). False leaves that as it is.
 
     Raises:
         TypeError: if ``program`` is no program, or ``engine`` neither a name nor a function.
