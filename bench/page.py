@@ -41,7 +41,8 @@ share of what the stages' own times allow, measured in the same rounds by lettin
     "gates": "Time as a share of the stage before the gate; the route lets every second sample go.",
     "latency": "Batches of one. A sample leaves at the first gate, or runs to the end through all gates.",
     "contest": "All rows were timed in turn in one process. *Best dense* is the fastest dense way of all engines.",
-    "memory": "Resident memory of a process of its own; the second mix. Above 256 only `refill`.",
+    "memory": "Resident memory of a process of its own; the second mix. Above 256 only `refill`. Where freed "
+    "memory is given back, `compile(keep_memory=False)`, operators write their results to fresh pages.",
     "streams": """Batches of one size, each taken as soon as the executor asks for it; at most 64 samples run at once.
 Latency is from taking a batch to its answers, in order. With `max_wait=8` a batch is answered at the latest when eight
 later ones have been taken.""",

@@ -12,7 +12,7 @@ from dgate_rt.bench.workload import Mix
 from dgate_rt.timing import Timing, commit, machine_header
 from dgate_rt.writing import finite, whole_file
 
-SAME = ("cpu", "kernels", "bfloat16", "cores", "torch_threads", "gpu", "torch")
+SAME = ("cpu", "kernels", "bfloat16", "cores", "torch_threads", "freed_memory", "gpu", "torch")
 """What must agree of the machine where results are resumed."""
 
 

@@ -61,10 +61,11 @@ class Ways:
         """Images of a round."""
         return len(self.work.workload.images)
 
-    def compile(self, program: GateProgram, executor: str) -> Runtime:
+    def compile(self, program: GateProgram, executor: str, keep_memory: bool = True) -> Runtime:
         """`dgate_rt.compile`, whose stages are compiled once for all programs of this process."""
         engine = self.engine if self.engine == "eager" else kept(self.engine)
-        return compile(program, executor=executor, batch_size=self.batch_size, dtype=self.dtype, engine=engine)
+        how = {"executor": executor, "engine": engine, "dtype": self.dtype, "keep_memory": keep_memory}
+        return compile(program, batch_size=self.batch_size, **how)
 
     def add_dense(self) -> None:
         """The network as one piece, every image through all of it."""
@@ -161,7 +162,8 @@ class Kept:
     """What an engine made, by stage, example and sizes; the stages of two copies of a network are the same."""
 
     def __init__(self, engine: StageEngine) -> None:
-        self.name, self.any_size, self._engine = name_of(engine), getattr(engine, "any_size", False), engine
+        self.name, self._engine = name_of(engine), engine
+        self.any_size, self.own_threads = (getattr(engine, what, False) for what in ("any_size", "own_threads"))
         self._made: dict[object, Callable[..., Boundary]] = {}
 
     def __call__(self, stage: nn.Module, example: tuple[Tensor, ...], sizes: Sequence[int]) -> Callable[..., Boundary]:

@@ -1,8 +1,11 @@
-"""Where gates go when the user does not say: at the ends of the backbone's main blocks (paper, Figure 3).
+"""Where gates go when the user names no modules: at the ends of the main blocks (paper, Figure 3), or of every block.
 
 The trunk is the module whose children divide most of the work into the most resolutions. Children of equal resolution
 are one main block; a gate goes behind the last child of each but the last, at most three in all. A network of one
 resolution, such as a ViT, is cut at the quarters of its cost.
+
+A block is a module of at least two layers behind which one tensor crosses, and which is not for the most part made up
+of such modules itself.
 """
 
 from __future__ import annotations
@@ -57,6 +60,30 @@ def propose(traced: Traced, batch: Tensor) -> list[str]:
     if not best[1]:
         raise SplitError("at: 'auto' found no place with work on both sides that one tensor crosses; name the modules")
     return best[1]
+
+
+def every_block(traced: Traced, batch: Tensor) -> list[str]:
+    """Names of all blocks but the last, in program order.
+
+    Raises:
+        SplitError: if there are not two.
+    """
+    blocks = _blocks(_Profile(traced, batch), "")
+    if len(blocks) < 2:
+        raise SplitError(
+            "at: 'blocks' found no blocks of several layers with one tensor between them; name the modules"
+        )
+    return [block.path for block in blocks[:-1]]
+
+
+def _blocks(profile: _Profile, path: str) -> list[_Child]:
+    found = []
+    for child in profile.children(path):
+        parts = [part for part in profile.children(child.path) if part.weights >= 2]
+        divided = sum(profile.share(part.path) for part in parts) >= _TRUNK_SHARE * profile.share(child.path)
+        nested = _blocks(profile, child.path) if parts and divided else []
+        found += [child] if len(nested) < 2 and child.single and child.weights >= 2 else nested
+    return found
 
 
 def _block_ends(children: Sequence[_Child]) -> list[_Child]:

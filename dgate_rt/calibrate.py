@@ -13,14 +13,18 @@ from torch import nn
 
 from dgate_rt.batches import check_staged, frozen
 from dgate_rt.cost import CostKind, measure_costs
+from dgate_rt.errors import UnreachableTargetError
 from dgate_rt.example import distinct_rows
 from dgate_rt.frontier import search_frontier
 from dgate_rt.gate import Gate
 from dgate_rt.independence import check_stages
 from dgate_rt.program import GateProgram, check_targets
-from dgate_rt.risk import Guarantee, certify, check_bound, samples_needed
+from dgate_rt.risk import Guarantee, certify, check_bound, halves, samples_needed
+from dgate_rt.selection import Subset, select_gates
 from dgate_rt.staged import StagedModel
-from dgate_rt.trace import collect_trace
+from dgate_rt.trace import Trace, collect_trace
+
+_CHOSEN_BEFORE = "unless by other samples than those of the loader, the guarantee does not hold"
 
 
 def calibrate(
@@ -32,6 +36,7 @@ def calibrate(
     min_accuracy: float | None = None,
     max_cost: float | None = None,
     confidence: float | None = None,
+    max_gates: int | None = None,
     cost: CostKind = "flops",
     device: torch.device | str = "cpu",
     progress: bool = True,
@@ -54,16 +59,21 @@ def calibrate(
         confidence: the probability, in (0, 1), with which ``max_accuracy_drop`` is to hold on new data from the
             distribution of ``loader``, and not on this data alone, which new data often exceeds. A
             guarantee for any number of samples, if they are independent: fixed-sequence testing on half of them, see
-            `dgate_rt.risk`. The program carries it, as ``guarantee``.
+            `dgate_rt.risk`. The program carries it, as ``guarantee``. These samples must not have chosen the gates
+            before, in another call with ``max_gates``.
+        max_gates: keep at most so many of the gates, chosen one by one as they make the target cheapest (or, with
+            ``max_cost``, most accurate), by the samples that choose the thresholds (`dgate_rt.selection`). The network
+            of the program is cut at these alone. None keeps all. For networks that are cut after every block.
         cost: ``"flops"`` counts, ``"time"`` measures stages and gates here, at the batch size that suits each best,
-            up to the loader's.
+            up to the loader's; of stages that ``max_gates`` joins the times are added up. On the CPU it has this
+            process keep the memory that it frees, as `compile` does.
         device: where ``staged`` and ``gates`` are.
         progress: show a progress bar.
 
     Raises:
         TypeError: if ``gates`` holds anything but gates.
         ValueError: on more than one target, a confidence without ``max_accuracy_drop`` or outside (0, 1), another
-            number of gates than cuts, no data, or labels outside ``[0, K)``.
+            number of gates than cuts, ``max_gates`` below 1, no data, or labels outside ``[0, K)``.
         SplitError: if ``staged`` was not checked by `split` and a stage mixes the samples of a batch.
         UnreachableTargetError: when no thresholds reach the target; the message says what is reachable.
     """
@@ -73,27 +83,48 @@ def calibrate(
         if max_accuracy_drop is None:
             raise ValueError("confidence: expected max_accuracy_drop with it, the bound that is to hold, got none")
         check_bound(max_accuracy_drop, confidence)
+    if max_gates is not None and (not isinstance(max_gates, int) or max_gates < 1):
+        raise ValueError(f"max_gates: expected a whole number of at least 1, or None for all, got {max_gates!r}")
+    if confidence is not None and staged.split_at != staged.cuts:
+        warnings.warn("confidence: these gates were chosen among others; " + _CHOSEN_BEFORE, stacklevel=2)
     device = check_staged(staged, device)
     checked = _check_gates(staged, gates)
     with frozen(staged):
         trace, example = collect_trace(staged, checked, loader, device=device, progress=progress)
-        assert trace.network_scores is not None
         if not staged.checked:  # made by hand, or split without an example
             check_stages(staged.stages, distinct_rows(example, 3))
         costs = measure_costs(staged, checked, example, cost)
 
+    def wanted(seen: Trace) -> float:
+        return seen.network_accuracy - (max_accuracy_drop or 0.0) if min_accuracy is None else min_accuracy
+
+    if max_gates is not None:
+        seen = trace if confidence is None else halves(trace)[0]  # those that test the thresholds have no say in them
+        kept: Subset = ()
+        if len(seen.targets):
+            target = {"min_accuracy": wanted(seen)} if max_cost is None else {"max_cost": max_cost}
+            kept = select_gates(seen, costs, max_gates, **target, progress=progress)
+        staged, checked = staged.keeping([staged.cuts[gate] for gate in kept]), tuple(checked[gate] for gate in kept)
+        trace, costs = trace.keeping(kept), costs.keeping(kept)
     guarantee = None
-    if max_cost is not None:
-        frontier = search_frontier(trace, costs, max_cost=max_cost)
-        point = frontier.most_accurate(max_cost)
-    else:
-        wanted = min_accuracy if min_accuracy is not None else trace.network_accuracy - (max_accuracy_drop or 0.0)
-        frontier = search_frontier(trace, costs, min_accuracy=wanted)
-        point = frontier.cheapest(wanted)
+    try:
+        if max_cost is not None:
+            frontier = search_frontier(trace, costs, max_cost=max_cost)
+            point = frontier.most_accurate(max_cost)
+        else:
+            frontier = search_frontier(trace, costs, min_accuracy=wanted(trace))
+            point = frontier.cheapest(wanted(trace))
+    except UnreachableTargetError as error:
+        if max_gates is None:
+            raise
+        raise UnreachableTargetError(f"{error}, with at most {max_gates} gates") from error
+    if max_gates is not None and not staged.gate_count:
+        warnings.warn("max_gates: no gate helps towards this target; the program is the network alone", stacklevel=2)
     if max_accuracy_drop is not None and confidence is not None:
         point, guarantee = certify(trace, costs, max_accuracy_drop, confidence)
         if point.shares[-1] == 1 and staged.gate_count:
             warnings.warn(_nothing_certified(guarantee, len(trace.targets)), stacklevel=2)
+    assert trace.network_scores is not None
     return GateProgram(
         staged=staged,
         gates=checked,

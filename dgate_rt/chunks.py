@@ -15,8 +15,10 @@ chunk before is a multiple of the one behind. The chunks that cost least follow 
 whose state is the chunk of the stage before.
 
 Samples are to wait for each other only where that pays, and times of single stages promise more than a whole network
-keeps: one stage clears the caches of the next. So every stage runs on whole batches unless the chunks are expected to
-take less by `WORTH`, and unless no time is a guess: those favour small sizes.
+keeps: one stage clears the caches of the next. So all stages run at one size, unless chunks of their own are expected
+to take less by `WORTH`. That size is the whole batch if it is small; the memory of larger ones grows with it, so of
+those it is the least that is `ALIKE` the best. With a guess among the times, which favours small sizes, it is the whole
+batch.
 """
 
 from __future__ import annotations
@@ -30,7 +32,11 @@ from numpy.typing import NDArray
 from dgate_rt.plan import Floats, binomial_arrivals
 
 WORTH = 0.1
-"""The share of the expected time that chunks have to save."""
+"""The share of the expected time that chunks of their own have to save."""
+ALIKE = 0.02
+"""What more of it than at the best size the one size of all stages may take, as a share."""
+SMALL = 64
+"""Samples that are not cut up for the sake of memory."""
 
 
 @dataclass(frozen=True)
@@ -132,15 +138,19 @@ def plan_chunks(
 def worthwhile_chunks(
     times: StageTimes, reach: Sequence[float], gated: Sequence[bool], batch_size: int, padded: bool = False
 ) -> ChunkPlan:
-    """`plan_chunks`, or whole batches in every stage where chunks are not known to save `WORTH`.
+    """`plan_chunks`, or one size for every stage where chunks of their own are not known to save `WORTH`.
 
     The arguments are those of `plan_chunks`; here every stage has times at every size, and the last is the batch size.
     """
+    costs = [_costs(times, stage, share, batch_size, padded) for stage, share in enumerate(reach)]
+    sizes = [size for size in times.sizes if size >= min(SMALL, batch_size)]
+    alike = [ChunkPlan((size,) * len(costs), tuple(cost[size] for cost in costs)) for size in sizes]
+    if not times.complete:
+        return alike[-1]
+    least = min(sum(plan.expected) for plan in alike)
+    one = next(plan for plan in alike if sum(plan.expected) <= (1 + ALIKE) * least)
     best = plan_chunks(times, reach, gated, batch_size, padded)
-    costs = [_costs(times, stage, share, batch_size, padded)[batch_size] for stage, share in enumerate(reach)]
-    whole = ChunkPlan((batch_size,) * len(costs), tuple(costs))
-    pays = times.complete and sum(best.expected) <= (1 - WORTH) * sum(whole.expected)
-    return best if pays else whole
+    return best if sum(best.expected) <= (1 - WORTH) * sum(one.expected) else one
 
 
 def _total(plan: ChunkPlan) -> tuple[float, list[int]]:

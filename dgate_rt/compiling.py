@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 
+from dgate_rt.allocator import keep_freed_memory
 from dgate_rt.engines import StageEngine, prepare
 from dgate_rt.errors import ExecutorError
 from dgate_rt.executors import EXECUTORS, GatedModel, Setup, prefers_channels_last
@@ -22,7 +23,7 @@ MOST_ROWS_ON_CUDA = 65_536
 """What one launch of the route takes; kMaxRows in csrc/cuda/route_arguments.h."""
 _ON_ANY_ENGINE = ("dense", "eager", "refill", "graph")
 _CHOICE = {
-    "cpu": ("refill", "every stage at the batch size that suits it on a CPU"),
+    "cpu": ("refill", "chunks that suit a CPU"),
     "cpu-sim": ("graph", "what is simulated"),
 }
 _SHOWS_EARLY = ("eager", "what shows early answers on the CPU")
@@ -46,6 +47,7 @@ def compile(
     losing_gates: Literal["keep", "off"] = "keep",
     early_answers: bool = False,
     monitor: bool = False,
+    keep_memory: bool = True,
 ) -> Runtime:
     """Make a program ready to run.
 
@@ -71,9 +73,10 @@ def compile(
             that prepare a stage for each batch size, those sizes; by default six a stage that suit the program's exit
             shares, and leave some room for others but for ``"graph"``, or for ``"refill"`` the powers of four
             and half of ``batch_size``.
-        chunks: for ``"refill"``, how many samples each stage runs on at a time. By default those that should cost least
-            (`dgate_rt.chunks`) by the times of the stages on this machine: measured once, in seconds, and then kept in
-            the user's cache directory (`dgate_rt.stage_times`).
+        chunks: for ``"refill"``, how many samples each stage runs on at a time. By default one size for
+            all or, where that should save a tenth, those that should cost least (`dgate_rt.chunks`), by the times of
+            the stages on this machine: measured once, in seconds, and then kept in the user's cache directory
+            (`dgate_rt.stage_times`).
         remeasure: measure those times again.
         losing_gates: for ``"refill"`` with those times, what happens to gates that take more of them than they save at
             the program's exit shares. ``"keep"`` only tells (`Runtime.describe`), because other gates give other
@@ -82,6 +85,8 @@ def compile(
             ``"eager"`` on the CPU, and ``"graph"``.
         monitor: count on the device where samples leave and with what scores, and compare that with the validation
             samples when asked (`Runtime.monitor`): whether the data have drifted, without labels.
+        keep_memory: on the CPU, let this process keep the memory that it frees, all of it and from now on, since fresh
+            pages cost large batches about what gates save (`dgate_rt.allocator`). False leaves that as it is.
 
     Raises:
         TypeError: if ``program`` is no program, or ``engine`` neither a name nor a function.
@@ -112,6 +117,8 @@ def compile(
         raise ValueError(f"batch_size: expected at most {MOST_ROWS_ON_CUDA} on cuda, got {batch_size}")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ExecutorError(f"device: {device} was asked for, but torch sees no CUDA device here")
+    if device.type == "cpu" and keep_memory:  # before anything is timed
+        keep_freed_memory()
     kind, reason = "cpu-sim" if simulated else device.type, "asked for"
     if executor == "auto":
         executor, reason = _choice(kind, program, early_answers)

@@ -6,6 +6,7 @@ sample, the figure of the paper's Table 1.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -15,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dgate_rt.allocator import keep_freed_memory
 from dgate_rt.executors.base import deploy, prefers_channels_last
 from dgate_rt.flops import count_flops
 from dgate_rt.gate import GRIDS, Gate, Pool
@@ -41,6 +43,12 @@ class Costs:
         """Cost of a sample that leaves at each exit; a gate that is off costs nothing."""
         used = [0.0 if t == np.inf else cost for cost, t in zip(self.gates, thresholds, strict=True)]
         return np.cumsum(self.stages) + np.cumsum([*used, 0.0])
+
+    def keeping(self, gates: Sequence[int]) -> Costs:
+        """Of the network cut at some of its gates only, by ascending index: the stages up to each are one."""
+        ends = [*(gate + 1 for gate in gates), len(self.stages)]
+        stages = [math.fsum(self.stages[start:end]) for start, end in zip([0, *ends], ends, strict=False)]
+        return Costs(self.unit, tuple(stages), tuple(self.gates[gate] for gate in gates))
 
 
 def stage_flops(
@@ -78,7 +86,8 @@ def measure_costs(
     """Cost of every stage and gate on inputs like ``example``: counted FLOPs, or measured milliseconds a sample.
 
     Times are those at the batch size that suits each stage best, in the memory format that `compile` would choose:
-    measured once on a machine and then kept (`dgate_rt.stage_times`).
+    measured once on a machine and then kept (`dgate_rt.stage_times`); on the CPU with freed memory kept by the process,
+    from then on (`dgate_rt.allocator`).
 
     Raises:
         ValueError: if ``kind`` is neither ``"flops"`` nor ``"time"``, or ``example`` has no rows.
@@ -98,6 +107,8 @@ def measure_costs(
 
 def _times(staged: StagedModel, gates: Sequence[Gate], example: Tensor) -> Costs:
     shape, dtype, device = example.shape[1:], example.dtype, example.device
+    if device.type == "cpu":  # as where it will run
+        keep_freed_memory()
     channels_last = prefers_channels_last(staged, shape, device)
     copied = deploy(staged, device, channels_last)
     sizes = sizes_up_to(len(example))

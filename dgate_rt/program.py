@@ -149,6 +149,7 @@ class GateProgram:
             tensors[f"gates.{g}.bias"] = gate.bias.detach().cpu().clone()
         header = {
             "cuts": list(self.staged.cuts),
+            "split_at": list(self.staged.split_at),
             "nhwc": list(self.staged.nhwc),
             "pools": [gate.pool.value for gate in self.gates],
             "criteria": [gate.criterion.value for gate in self.gates],
@@ -188,17 +189,25 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> GateProgram:
 
 def _stage(header: dict[str, Any], model: nn.Module) -> StagedModel:
     """The backbone, cut as it was when the program was made."""
+    split_at = header.get("split_at", header["cuts"])  # which files from before `StagedModel.keeping` lack
     if isinstance(model, StagedModel):
         staged = model
     else:
         try:
             example = _example(header["input_shape"], getattr(torch, header["input_dtype"]), model)
-            staged = split(model, header["cuts"], example)
+            staged = split(model, split_at, example)
         except SplitError as error:
             raise ProgramError(
-                f"backbone: expected a model with cuts {header['cuts']}, got {type(model).__name__}: {error}; "
+                f"backbone: expected a model with cuts {split_at}, got {type(model).__name__}: {error}; "
                 "a program for a hand-made StagedModel wants that StagedModel"
             ) from error
+    if list(staged.split_at) == header["cuts"] != split_at:
+        raise ProgramError(
+            f"backbone: expected the model itself, or a StagedModel with the cuts {split_at}, of which this program "
+            f"keeps {header['cuts']}; got one that was split at these alone"
+        )
+    if list(staged.cuts) == split_at != header["cuts"]:
+        staged = staged.keeping(header["cuts"])
     if list(staged.cuts) != header["cuts"]:
         raise ProgramError(f"backbone: expected cuts {header['cuts']}, got {list(staged.cuts)}")
     if list(staged.nhwc) != header["nhwc"]:

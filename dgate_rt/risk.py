@@ -61,7 +61,8 @@ def certify(
     That is the point with all gates off where nothing cheaper can be certified.
 
     Args:
-        trace: margins and predictions on validation data, which is cut in two by a fixed seed.
+        trace: margins and predictions on validation data, which `halves` cuts in two; the gates must not have
+            been chosen by what the second half says.
         costs: of the stages and gates.
         max_accuracy_drop: accuracy of the whole network less that of the gated one, as a share of all new samples.
         confidence: the probability, over the draw of the validation data, that the drop is no larger.
@@ -70,9 +71,8 @@ def certify(
         ValueError: if ``max_accuracy_drop`` is not in [0, 1), or ``confidence`` not in (0, 1).
     """
     check_bound(max_accuracy_drop, confidence)
-    level, count = 1 - confidence, len(trace.targets)
-    order = np.random.default_rng(0).permutation(count)
-    first, second = trace.take(order[: count // 2]), trace.take(order[count // 2 :])
+    level = 1 - confidence
+    first, second = halves(trace)
     chosen, saving = (math.inf,) * len(trace.margins), 0.0
     for proposal in _path(first, costs, max_accuracy_drop, level):
         broken, fixed = _changes(second, proposal.thresholds)
@@ -85,6 +85,13 @@ def certify(
         if proposal.saving > saving:
             chosen, saving = proposal.thresholds, proposal.saving
     return operating_point(trace, costs, chosen), Guarantee(max_accuracy_drop, confidence, len(second.targets))
+
+
+def halves(trace: Trace) -> tuple[Trace, Trace]:
+    """The samples that propose operating points, and those that test them: cut in two at random, by a fixed seed."""
+    count = len(trace.targets)
+    order = np.random.default_rng(0).permutation(count)
+    return trace.take(order[: count // 2]), trace.take(order[count // 2 :])
 
 
 def check_bound(max_accuracy_drop: float, confidence: float) -> None:

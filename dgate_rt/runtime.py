@@ -11,6 +11,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
+from dgate_rt.allocator import freed_memory
 from dgate_rt.engines import EngineStages
 from dgate_rt.errors import ExecutorError
 from dgate_rt.executors import (
@@ -261,6 +262,8 @@ class Runtime:
             state = "not run by this executor" if self.executor == "dense" else state
             lines.append(f"gate {g} after {cut}: {state}{shares[g]}")
         lines.append(f"exit {len(self.thresholds)}, the network's own classifier{shares[-1]}")
+        if self.device.type == "cpu":
+            lines.append(f"freed memory {freed_memory()}")
         return "\n".join([*lines, *promised, *self._executor.describe(), *self.stages.describe()])
 
     @property

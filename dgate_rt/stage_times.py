@@ -26,7 +26,7 @@ ROUNDS = 5
 _SAMPLES = 4  # of which the inputs of later stages are made, by repeating them
 _LONG_MS = 1000.0
 _SCHEMA = 2  # of what is kept: raised where older times would mislead
-_MACHINE = ("cpu", "kernels", "bfloat16", "torch_threads", "torch")  # what times depend on
+_MACHINE = ("cpu", "kernels", "bfloat16", "torch_threads", "torch", "freed_memory")  # what times depend on
 
 
 def stage_times(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from dgate_rt import cutting, tracing
-from dgate_rt.autocut import propose
+from dgate_rt.autocut import every_block, propose
 from dgate_rt.errors import SplitError
 from dgate_rt.example import distinct_rows, guesses
 from dgate_rt.independence import check_stages, refuse_training
@@ -21,6 +21,7 @@ Boundary = Union[Tensor, tuple[Tensor, ...]]  # noqa: UP007 - evaluated when imp
 
 _ROWS = 3  # the batch on which `split` tries a model, and a smaller one
 _FEWER_ROWS = 2
+_PROPOSALS = {"auto": propose, "blocks": every_block}
 
 
 def as_tuple(boundary: Boundary) -> tuple[Tensor, ...]:
@@ -57,6 +58,8 @@ class StagedModel(nn.Module):
         self.stages = nn.ModuleList(stages)
         self.cuts = tuple(cuts) if cuts is not None else tuple(f"stage{index}" for index in range(gates))
         self.nhwc = tuple(nhwc) if nhwc is not None else (False,) * gates
+        self.split_at = self.cuts
+        """Where it was cut before `keeping` left some of the cuts out."""
         self.example_shape: tuple[int, ...] | None = None
         """Shape of one sample, where the user gave an example."""
         self.example_dtype: torch.dtype | None = None
@@ -96,6 +99,28 @@ class StagedModel(nn.Module):
         for index, boundary in zip(range(self.gate_count), self.boundaries(x), strict=False):
             yield self.gate_features(index, boundary)
 
+    def keeping(self, cuts: Sequence[str]) -> StagedModel:
+        """The same network with some of its cuts: the stages up to each of them are run as one.
+
+        Modules, parameters and buffers are shared with this network.
+
+        Args:
+            cuts: some of ``self.cuts``, in their order; none of them makes one stage of the whole network.
+
+        Raises:
+            ValueError: if one is no cut of this network, comes twice, or is not in order.
+        """
+        places = {name: place for place, name in enumerate(self.cuts)}
+        if [name for name in self.cuts if name in cuts] != list(cuts):
+            raise ValueError(f"cuts: expected some of {list(self.cuts)}, in this order, got {list(cuts)}")
+        kept = [places[name] for name in cuts]
+        ends = [*(place + 1 for place in kept), len(self.stages)]
+        parts = [list(self.stages)[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+        staged = StagedModel([_one_stage(part) for part in parts], cuts, [self.nhwc[place] for place in kept])
+        staged.split_at, staged.checked = self.split_at, self.checked
+        staged.example_shape, staged.example_dtype = self.example_shape, self.example_dtype
+        return staged
+
     def fingerprint(self) -> str:
         """SHA-256 over the structure and, byte for byte, every parameter and buffer, in stage order.
 
@@ -114,6 +139,27 @@ class StagedModel(nn.Module):
 
     def extra_repr(self) -> str:
         return f"cuts={list(self.cuts)}"
+
+
+class _Joined(nn.Module):
+    """Stages that run one after another as one."""
+
+    def __init__(self, parts: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+        self.training = self.parts.training = any(part.training for part in parts)
+
+    def forward(self, *tensors: Tensor) -> Boundary:
+        boundary: Boundary = tensors
+        for part in self.parts:
+            boundary = part(*as_tuple(boundary))
+        return boundary
+
+
+def _one_stage(parts: Sequence[nn.Module]) -> nn.Module:
+    """One module of some stages in order, the same whether they were joined before in part or not."""
+    flat = [stage for part in parts for stage in (part.parts if isinstance(part, _Joined) else [part])]
+    return flat[0] if len(flat) == 1 else _Joined(flat)
 
 
 def _structure(stage: nn.Module) -> Iterator[str]:
@@ -141,7 +187,8 @@ def split(
 
     Args:
         model: takes one tensor, returns logits ``[N, K]``; in eval mode. Flags, gradients and buffers stay as they are.
-        at: names of submodules in the order in which they run, or ``"auto"`` for the ends of the main blocks.
+        at: names of submodules in the order in which they run; ``"auto"`` for the ends of the main blocks, three at
+            most; or ``"blocks"`` for the end of every block, of which `calibrate` keeps few (``max_gates``).
         example: a batch, if only of one sample, to try the stages on. Without one its shape is guessed from the first
             layer; if the model does not run on that, the result is not `StagedModel.checked`.
 
@@ -160,8 +207,8 @@ def split(
             delattr(model, name)
 
 
-def _check_arguments(model: nn.Module, at: Sequence[str] | str, example: Tensor | None) -> list[str] | None:
-    """The names to cut after; ``None`` for "auto"."""
+def _check_arguments(model: nn.Module, at: Sequence[str] | str, example: Tensor | None) -> list[str] | str:
+    """The names to cut after, or a way to find them."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     if example is not None and not isinstance(example, Tensor):
@@ -169,23 +216,25 @@ def _check_arguments(model: nn.Module, at: Sequence[str] | str, example: Tensor 
     if example is not None and (example.ndim < 2 or len(example) == 0):
         raise SplitError(f"example: expected a batch of at least one sample, got shape {tuple(example.shape)}")
     if isinstance(at, str):
-        if at != "auto":
-            raise SplitError(f"at: expected a list of names, or 'auto', got {at!r}; pass a list: at=[{at!r}]")
-        return None
+        if at not in _PROPOSALS:
+            raise SplitError(f"at: expected a list of names, 'auto' or 'blocks', got {at!r}; pass a list: at=[{at!r}]")
+        return at
     names = list(at)
     if not names or not all(isinstance(name, str) for name in names):
         raise SplitError(f"at: expected a list of names of submodules, got {names!r}")
     return names
 
 
-def _split(model: nn.Module, names: list[str] | None, example: Tensor | None) -> StagedModel:
-    paths = [] if names is None else cutting.check_names(model, names)
+def _split(model: nn.Module, at: list[str] | str, example: Tensor | None) -> StagedModel:
+    paths = [] if isinstance(at, str) else cutting.check_names(model, at)
     batch, expected = _try(model, example)
     traced = tracing.trace(model, paths)
-    if names is None:
+    if isinstance(at, str):
         if batch is None:
-            raise SplitError("at: 'auto' has to run the model, and no shape could be guessed; give an example=")
-        names = paths = propose(traced, batch[:1])
+            raise SplitError(f"at: {at!r} has to run the model, and no shape could be guessed; give an example=")
+        names = paths = _PROPOSALS[at](traced, batch[:1])
+    else:
+        names = at
     plan = cutting.plan(traced, cutting.locate(traced, names, paths))
 
     def other_shapes() -> list[Tensor]:

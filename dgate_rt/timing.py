@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from dgate_rt.allocator import freed_memory
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -74,6 +76,7 @@ def machine_header() -> dict[str, Any]:
         "bfloat16": "native" if supports_bfloat16(torch.device("cpu")) else None,
         "cores": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
+        "freed_memory": freed_memory(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -52,6 +52,11 @@ class Trace:
         scores = None if self.network_scores is None else self.network_scores[samples]
         return Trace(self.margins[:, samples], self.predictions[:, samples], self.targets[samples], scores)
 
+    def keeping(self, gates: Sequence[int]) -> Trace:
+        """The trace of some of the gates, by ascending index, and of the network."""
+        chosen = list(gates)
+        return Trace(self.margins[chosen], self.predictions[[*chosen, -1]], self.targets, self.network_scores)
+
     def gated(
         self, thresholds: Sequence[float]
     ) -> tuple[NDArray[np.int16], NDArray[np.bool_], NDArray[np.int64]]:  # [N], [N], [G + 1]

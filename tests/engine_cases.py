@@ -89,6 +89,10 @@ def network(kind: str) -> StagedModel:
     torch.manual_seed(0)
     stages = {
         "conv": lambda: [conv_block(3, 8), nn.Sequential(conv_block(8, 16, 2), Pooled(16))],
+        "in place": lambda: [
+            nn.Conv2d(3, 8, 3),
+            nn.Sequential(nn.ReLU(inplace=True), conv_block(8, 16, 2), Pooled(16)),
+        ],
         "residual": lambda: [Fork(), Join()],
         "vit": lambda: [nn.Sequential(Tokens(), Attention()), Classify()],
     }[kind]()

@@ -7,6 +7,7 @@ import torch
 import torchvision
 from torch import nn
 
+from dgate_rt import backbones
 from dgate_rt.errors import SplitError
 from dgate_rt.staged import as_tuple, split
 
@@ -91,6 +92,51 @@ def test_stages_compute_what_the_model_computes(name):
         if name == "swin_t":
             assert features.shape[1] == 96 * 2**index
             assert features.data_ptr() == as_tuple(boundary)[0].data_ptr()
+
+
+# name: how many blocks but the last there are, the first two and the last of them
+BLOCKS_OF = {
+    "resnet18": (7, ["layer1.0", "layer1.1"], "layer4.0"),
+    "resnet101": (32, ["layer1.0", "layer1.1"], "layer4.1"),
+    "densenet121": (3, ["features.denseblock1", "features.denseblock2"], "features.denseblock3"),
+    "efficientnet_b0": (15, ["features.1", "features.2.0"], "features.6.3"),
+    "convnext_tiny": (17, ["features.1.0", "features.1.1"], "features.7.1"),
+    "regnet_y_400mf": (15, ["trunk_output.block1", "trunk_output.block2.block2-0"], "trunk_output.block4.block4-4"),
+    "vit_b_16": (
+        11,
+        ["encoder.layers.encoder_layer_0", "encoder.layers.encoder_layer_1"],
+        "encoder.layers.encoder_layer_10",
+    ),
+    "swin_t": (11, ["features.1.0", "features.1.1"], "features.7.0"),
+    "googlenet": (8, ["inception3a", "inception3b"], "inception5a"),
+    "timm-vit": (11, ["blocks.0", "blocks.1"], "blocks.10"),
+    "timm-untraceable-convolutions": (15, ["blocks.0", "blocks.1.0"], "blocks.5.3"),
+}
+
+
+@pytest.mark.parametrize("name", BLOCKS_OF)
+@torch.no_grad()
+def test_every_block_is_found(name):
+    build, size, _ = NETWORKS[name]
+    count, first, last = BLOCKS_OF[name]
+    model, x = build().eval(), torch.randn(2, 3, size, size)
+    staged = split(model, "blocks", example=x)
+    assert (len(staged.cuts), list(staged.cuts[:2]), staged.cuts[-1]) == (count, first, last)
+    expected = model(x)
+    torch.testing.assert_close(staged(x), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+    assert all(len(as_tuple(boundary)) == 1 for boundary in staged.boundaries(x))
+
+
+@pytest.mark.parametrize("name", ["resnet26", "resnet101"])
+def test_blocks_of_our_own_are_those_of_the_experiments(name):
+    model = backbones.build(name, width=0.125).eval()
+    assert split(model, "blocks", example=torch.zeros(1, 3, 32, 32)).cuts == backbones.block_cuts(name)
+
+
+def test_blocks_say_so_where_there_are_none():
+    layers = [layer for _ in range(8) for layer in (nn.Linear(16, 16), nn.ReLU())]
+    with pytest.raises(SplitError, match="'blocks' found no blocks of several layers"):
+        split(nn.Sequential(*layers, nn.Linear(16, 3)).eval(), "blocks")
 
 
 @pytest.mark.parametrize("build", [torchvision.models.resnet18, torchvision.models.mobilenet_v3_small])

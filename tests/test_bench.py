@@ -17,7 +17,7 @@ from dgate_rt.bench.cases import TINY, Case, Network, make_case
 from dgate_rt.bench.record import Group, Results, Row, load_rows
 from dgate_rt.bench.workload import NO_EXIT, PAPER_MIXES
 from dgate_rt.cli import app
-from dgate_rt.engines import precision
+from dgate_rt.engines import ENGINES, precision
 from dgate_rt.gate import Pool
 from dgate_rt.timing import Timing
 
@@ -120,6 +120,13 @@ def test_memory_is_that_of_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch)
     row = memory.measure_memory("refill", 64, "float32")
     assert asked == [["refill", "64", "float32"]]
     assert (row.values["above idle MiB"], row.mix) == (2.0, MIXED)
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_an_engine_that_compiles_once_is_still_that_engine(name: str) -> None:
+    engine, kept = ENGINES[name](), ways.kept(name)
+    for what in ("name", "any_size", "own_threads"):
+        assert getattr(kept, what) == getattr(engine, what, False)
 
 
 def test_wrong_answers_are_not_timed(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:

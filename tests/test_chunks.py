@@ -129,6 +129,18 @@ def test_chunks_are_left_alone_where_they_save_little():
     assert sum(plan.expected) < 1.05 * sum(plan_chunks(flat, [1.0, 0.5, 0.5], [True] * 2, 64).expected)
 
 
+def test_batches_that_are_not_small_are_cut_up_where_that_costs_next_to_nothing():
+    """Or the memory of a batch would grow with it."""
+    sizes = (1, 16, 64, 256, 1024)
+    level = StageTimes(sizes, ((5.0, *(float(n) for n in sizes[1:])),) * 3, (0.1, 0.1))
+    for batch_size, chunk in ((1, 1), (16, 16), (64, 64), (256, 64), (1024, 64)):
+        count = sizes.index(batch_size) + 1
+        measured = StageTimes(sizes[:count], tuple(ms[:count] for ms in level.ms), (0.1, 0.1))
+        assert worthwhile_chunks(measured, [1.0] * 3, [False] * 2, batch_size).chunks == (chunk,) * 3
+    falling = StageTimes(sizes, ((5.0, 16.0, 60.0, 220.0, 870.0),) * 3, (0.1, 0.1))  # 256 is within 2 % of 1024
+    assert worthwhile_chunks(falling, [1.0] * 3, [False] * 2, 1024).chunks == (256,) * 3
+
+
 def test_sizes_that_were_not_tried_cost_a_sample_what_the_last_did():
     times = StageTimes((1, 2, 4), ((3.0, 4.0, 8.0), (1.0, 1.0), (5.0,)), (0.0, 0.0)).at_all_sizes()
     assert times.ms == ((3.0, 4.0, 8.0), (1.0, 1.0, 2.0), (5.0, 10.0, 20.0))

@@ -161,6 +161,21 @@ def test_the_chain_takes_gates_as_they_come(made, tmp_path):
     assert [gate.pool.value for gate in loaded.gates] == ["grid2"] * 2
 
 
+def test_few_gates_of_every_block_are_kept(made, tmp_path):
+    from dgate_rt.backbones import load_backbone
+
+    gates, program = tmp_path / "gates.safetensors", tmp_path / "program.safetensors"
+    dgate("fit", made.net, "--at", "blocks", "--epochs", 1, "--polish", 0, "-o", gates)
+    shown = dgate("calibrate", gates, made.net, "--max-drop", 0.05, "--max-gates", 2, "-o", program).stdout
+    model = load_backbone(made.net)[0]
+    every, kept = (dgate_rt.load(path, model).staged for path in (gates, program))
+    assert len(every.cuts) == 7
+    assert 1 <= len(kept.cuts) <= 2
+    assert set(kept.cuts) < set(every.cuts)
+    assert all((f"after {cut}" in shown) == (cut in kept.cuts) for cut in every.cuts)
+    dgate("report", program, made.net, "-o", tmp_path / "report.html")
+
+
 def test_fitted_gates_are_off(made):
     from dgate_rt.backbones import load_backbone
 

@@ -52,7 +52,7 @@ def prepared():
     return get
 
 
-KINDS = ("conv", "residual", "vit")
+KINDS = ("conv", "in place", "residual", "vit")
 
 
 @pytest.mark.parametrize(("engine", "kind"), [needs(engine, kind) for engine in ("eager", *COMPILED) for kind in KINDS])

@@ -55,8 +55,8 @@ def test_costs_of_some_gates_are_those_of_the_network_cut_there(bench):
     cuts = backbones.block_cuts("resnet18")
     every = bench.costs([GateSpec(cut) for cut in cuts], cuts)
     for subset in ((0,), (1, 3, 5), (2, 6), tuple(range(7))):
-        assert depths.part_of(every, subset) == bench.costs([GateSpec(cuts[gate]) for gate in subset], cuts)
-    assert depths.part_of(every, ()) == Costs("FLOPs", (every.dense,), ())
+        assert every.keeping(subset) == bench.costs([GateSpec(cuts[gate]) for gate in subset], cuts)
+    assert every.keeping(()) == Costs("FLOPs", (every.dense,), ())
 
 
 def test_some_gates_are_all_gates_with_the_others_off(bench, found):
@@ -66,9 +66,9 @@ def test_some_gates_are_all_gates_with_the_others_off(bench, found):
     costs, scores, (val, test) = bench.costs(specs, cuts), bench.scores(specs, cuts), bench.held_out(None)
     third = found["steps"][2]
     subset = tuple(cuts.index(cut) for cut in third["cuts"])
-    chosen = depths._some(scores.trace(val), subset)
+    chosen = scores.trace(val).keeping(subset)
     wanted = chosen.network_accuracy - 0.02
-    point = search_frontier(chosen, depths.part_of(costs, subset), min_accuracy=wanted).cheapest(wanted)
+    point = search_frontier(chosen, costs.keeping(subset), min_accuracy=wanted).cheapest(wanted)
     thresholds = np.full(len(cuts), np.inf)
     thresholds[list(subset)] = point.thresholds
     replay = scores.trace(test).replay(thresholds, costs)
@@ -105,7 +105,7 @@ def test_the_best_choice_is_no_dearer_than_the_greedy_one(found):
 
 
 def test_greedy_takes_the_cheapest_and_stops_where_none_helps(monkeypatch):
-    made = {(0,): 0.8, (1,): 0.6, (2,): 0.6, (0, 1): 0.5, (1, 2): 0.7, (0, 1, 2): 0.5}
+    made = {(): 1.0, (0,): 0.8, (1,): 0.6, (2,): 0.6, (0, 1): 0.5, (1, 2): 0.7, (0, 1, 2): 0.5}
     monkeypatch.setattr(
         depths._Candidates, "measured", lambda self, subset, seed: {"validation": {"cost": made[subset]}}
     )

@@ -260,7 +260,7 @@ def test_compile_refuses_what_it_cannot_do(tiny_staged, tiny_gates, tiny_images)
 def test_describe_names_executor_reason_and_gates(run):
     run.set_thresholds([0.5, math.inf, 1.25])
     text = run.describe()
-    assert "executor refill (every stage at the batch size that suits it" in text
+    assert "executor refill (chunks that suit a CPU)" in text
     assert "gate 1 after stage1: off" in text
     assert "gate 2 after stage2: t = 1.25" in text
 

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
+from dgate_rt.allocator import keep_freed_memory
 from dgate_rt.cli.console import DEBUG_VARIABLE, Group, out
 
 
@@ -53,4 +54,4 @@ def main(
         bool, typer.Option("--debug", envvar=DEBUG_VARIABLE, help="Show the traceback of an error.")
     ] = False,
 ) -> None:
-    pass
+    keep_freed_memory()  # the process is ours

@@ -203,6 +203,7 @@ def transfer(
     epilog=examples(
         "dgate fit net.safetensors -o gates.safetensors",
         "dgate fit net.safetensors --at layer1,layer2 --cache features/ -o gates.safetensors",
+        "dgate fit net.safetensors --at blocks -o gates.safetensors",
     )
 )
 def fit(
@@ -210,7 +211,13 @@ def fit(
     output: Annotated[Path, typer.Option("--output", "-o", help="Write the gates here, all of them off.")],
     data: DataName = None,
     at: Annotated[
-        str, typer.Option("--at", help="Submodules to put gates after, with commas between, or auto.")
+        str,
+        typer.Option(
+            "--at",
+            help="Submodules to put gates after, with commas between; auto for the ends of the main blocks; or blocks "
+            "for every block, of which [bold]dgate calibrate --max-gates[/bold] keeps few. A module of that name takes "
+            "a comma: blocks,",
+        ),
     ] = "auto",
     loss: Annotated[Loss, typer.Option("--loss", help="What the gates are trained with.")] = Loss.hinge,
     pool: Annotated[PoolName, typer.Option("--pool", help="What a gate reads of a map.")] = PoolName.grid2,
@@ -243,7 +250,9 @@ def fit(
     loader = bundle.loader("train", batch_size, workers=workers)
     val_loader = bundle.loader("val", batch_size, workers=workers)
     example = next(iter(val_loader))[0][:2].to(device)
-    staged = split(net.model, "auto" if at == "auto" else [name.strip() for name in at.split(",")], example)
+    staged = split(
+        net.model, at if at in ("auto", "blocks") else [name.strip() for name in at.split(",") if name.strip()], example
+    )
     gates = fit_gates(
         staged,
         loader,
@@ -275,6 +284,7 @@ def fit(
     epilog=examples(
         "dgate calibrate gates.safetensors net.safetensors --max-drop 0.01 -o program.safetensors",
         "dgate calibrate gates.safetensors net.safetensors --max-drop 0.01 --confidence 0.95 -o program.safetensors",
+        "dgate calibrate gates.safetensors net.safetensors --max-drop 0.01 --max-gates 3 -o program.safetensors",
         "dgate calibrate gates.safetensors net.safetensors --max-cost 2.8e9 -o program.safetensors",
         "dgate calibrate gates.safetensors net.safetensors --cost time -b 32 -o program.safetensors",
     )
@@ -291,6 +301,9 @@ def calibrate(
     ] = None,
     confidence: Annotated[
         float | None, typer.Option("--confidence", help="With which --max-drop is to hold on new data too: 0.95.")
+    ] = None,
+    max_gates: Annotated[
+        int | None, typer.Option("--max-gates", min=1, help="Keep so many of the gates at most, those that help most.")
     ] = None,
     cost: Annotated[
         CostName, typer.Option("--cost", help="Count FLOPs, or measure time here at this batch size.")
@@ -322,6 +335,7 @@ def calibrate(
             min_accuracy=min_accuracy,
             max_cost=max_cost,
             confidence=confidence,
+            max_gates=max_gates,
             cost=cost.value,
             device=device,
         )

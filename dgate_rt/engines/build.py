@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from dgate_rt.allocator import give_back_freed_memory
 from dgate_rt.engines.base import EngineStages, PreparedStage, StageEngine, name_of
 from dgate_rt.engines.eager import EagerEngine
 from dgate_rt.engines.inductor import InductorEngine
@@ -116,7 +117,8 @@ def _cause(error: Exception) -> str:
 
 
 def _resident_bytes() -> int | None:
-    """Resident memory of this process; None where the system does not say."""
+    """Resident memory of this process, without what it has freed; None where the system does not say."""
+    give_back_freed_memory()
     try:
         with open("/proc/self/statm") as file:
             pages = int(file.read().split()[1])

@@ -13,41 +13,65 @@ from torch import Tensor, nn
 from dgate_rt.errors import ExecutorError
 from dgate_rt.staged import Boundary, as_tuple
 
-Order = tuple[int, ...]
-"""Dimensions of a tensor from the outermost in memory to the innermost: (0, 2, 3, 1) for channels_last."""
+
+@dataclass(frozen=True)
+class Layout:
+    """A tensor of a boundary: how it lies in memory, and so in which shape the graph takes or returns it."""
+
+    order: tuple[int, ...]  # dimensions from the outermost in memory to the innermost: (0, 2, 3, 1) for channels_last
+    pixels: tuple[int, ...]  # (H, W) of a channels_last image that the graph has as [N, H * W, C]; else empty
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, t: Tensor, merged: bool) -> Layout:
+        strides = t.stride()
+        order = (0, *sorted(range(1, t.ndim), key=lambda d: -strides[d]))
+        channels_last = t.ndim > 3 and order == (0, *range(2, t.ndim), 1)
+        return cls(order, tuple(t.shape[2:]) if merged and channels_last else (), t.dtype)
+
+    def into(self, t: Tensor) -> Tensor:
+        """A tensor of the boundary in the graph's shape; contiguous if it lies so."""
+        return t.flatten(2).transpose(1, 2) if self.pixels else t.permute(self.order)
+
+    def back(self, t: Tensor) -> Tensor:
+        """A tensor of the graph in the boundary's shape, in the same memory."""
+        t = t.unflatten(1, self.pixels) if self.pixels else t
+        return t.permute([self.order.index(d) for d in range(t.ndim)])
 
 
 @dataclass(frozen=True)
 class Exported:
-    """A stage as a graph that takes and returns tensors with dimensions in their order in memory."""
+    """A stage as a graph that takes and returns contiguous tensors."""
 
     program: torch.export.ExportedProgram
-    inputs: tuple[Order, ...]
-    dtypes: tuple[torch.dtype, ...]  # of what the stage takes
+    inputs: tuple[Layout, ...]
     outputs: Outputs
     single: bool  # whether it returns one tensor, not a tuple of one
 
+    def given(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """What the graph takes, from what the stage is given; copied only where it lies otherwise."""
+        return [layout.into(t).contiguous() for layout, t in zip(self.inputs, tensors, strict=True)]
+
     def boundary(self, rows: Sequence[Tensor]) -> Boundary:
         """What the stage returns, from what the graph returned."""
-        restored = tuple(t.permute(inverse(dims)) for t, dims in zip(rows, self.outputs.orders, strict=True))
+        restored = tuple(layout.back(t) for layout, t in zip(self.outputs.layouts, rows, strict=True))
         return restored[0] if self.single else restored
 
 
 class Outputs(threading.local):
     """Memory for what a stage returns, of as many rows as were ever asked for; each thread keeps its own."""
 
-    def __init__(self, example: tuple[Tensor, ...]) -> None:
-        self.orders = tuple(map(order, example))
-        self.dtypes = tuple(t.dtype for t in example)
-        self._rows = [t.permute(dims).shape[1:] for t, dims in zip(example, self.orders, strict=True)]
+    def __init__(self, example: tuple[Tensor, ...], layouts: tuple[Layout, ...]) -> None:
+        self.layouts = layouts
+        self._rows = [layout.into(t).shape[1:] for layout, t in zip(layouts, example, strict=True)]
         self._memory: list[Tensor] = []
 
     def __call__(self, count: int) -> list[Tensor]:
-        """The first ``count`` rows of each tensor, contiguous, dimensions in their order in memory."""
+        """The first ``count`` rows of each tensor, contiguous, as the graph returns them."""
         if not self._memory or len(self._memory[0]) < count:
             with torch.inference_mode(False):
-                rows = zip(self._rows, self.dtypes, strict=True)
-                self._memory = [torch.empty(count, *shape, dtype=dtype) for shape, dtype in rows]
+                rows = zip(self._rows, self.layouts, strict=True)
+                self._memory = [torch.empty(count, *shape, dtype=layout.dtype) for shape, layout in rows]
         return [t[:count] for t in self._memory]
 
 
@@ -59,10 +83,11 @@ def export(
     Args:
         stage: in eval mode.
         example: a boundary.
-        widen: whether the graph is that of the stage in float32.
+        widen: whether the graph computes in float32, between inputs and outputs of the stage's own dtypes.
         planar: whether the graph returns tensors whose last dimension is innermost in memory, however the stage
             lays them out.
-        merged: whether images that lie channels_last are returned as ``[N, H * W, C]``, their pixels one dimension.
+        merged: whether images that lie channels_last are taken and returned as ``[N, H * W, C]``, their pixels one
+            dimension.
 
     Raises:
         ExecutorError: if the stage fixes its batch size.
@@ -75,50 +100,30 @@ def export(
         returned = stage(*(t.clone() for t in given))
         single = isinstance(returned, Tensor)
         results = tuple(t.contiguous() for t in as_tuple(returned)) if planar else as_tuple(returned)
-        inputs, dtypes, outputs = tuple(map(order, given)), tuple(t.dtype for t in given), Outputs(results)
-        if widen:
-            stage = copy.deepcopy(stage).float()
-            given = tuple(t.float() if t.is_floating_point() else t for t in given)
-        between = _Between(stage, inputs, outputs.orders, merged)
+        inputs, layouts = (tuple(Layout.of(t, merged) for t in tensors) for tensors in (given, results))
+        between = _Between(copy.deepcopy(stage).float() if widen else stage, inputs, layouts, widen)
         free = tuple({0: torch.export.Dim.DYNAMIC} for _ in given)
-        arguments = tuple(t.permute(o) for t, o in zip(given, inputs, strict=True))
+        arguments = tuple(layout.into(t).contiguous() for layout, t in zip(inputs, given, strict=True))
         try:
             program = torch.export.export(between, arguments, dynamic_shapes=(free,))
         except UserError as error:
             if error.error_type is not UserErrorType.CONSTRAINT_VIOLATION:
                 raise
             raise ExecutorError(f"its batch size is fixed, by len(x) say in place of x.shape[0]: {error}") from error
-    return Exported(program, inputs, dtypes, outputs, single)
+    return Exported(program, inputs, Outputs(results, layouts), single)
 
 
 class _Between(nn.Module):
-    def __init__(self, stage: nn.Module, inputs: Sequence[Order], outputs: Sequence[Order], merged: bool) -> None:
+    """A stage between tensors as the graph has them, in float32 if it is widened."""
+
+    def __init__(self, stage: nn.Module, inputs: Sequence[Layout], outputs: Sequence[Layout], widen: bool) -> None:
         super().__init__()
         self.stage = stage
-        self._inputs, self._outputs, self._merged = inputs, outputs, merged
+        self._inputs, self._outputs, self._widen = inputs, outputs, widen
         self.eval()
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        given = (t.permute(inverse(o)) for t, o in zip(tensors, self._inputs, strict=True))
-        return tuple(self._laid_out(t, o) for t, o in zip(as_tuple(self.stage(*given)), self._outputs, strict=True))
-
-    def _laid_out(self, t: Tensor, dims: Order) -> Tensor:
-        if self._merged and t.ndim > 3 and dims == (0, *range(2, t.ndim), 1):
-            return t.flatten(2).transpose(1, 2)
-        return t.permute(dims)
-
-
-def order(t: Tensor) -> Order:
-    """The order in memory of the dimensions of ``t``, the batch first."""
-    strides = t.stride()
-    return (0, *sorted(range(1, t.ndim), key=lambda d: -strides[d]))
-
-
-def inverse(dims: Order) -> Order:
-    """The permutation that undoes ``dims``."""
-    return tuple(dims.index(d) for d in range(len(dims)))
-
-
-def in_order(t: Tensor, dims: Order) -> Tensor:
-    """``t`` with its dimensions permuted, contiguous; itself, not a copy, where it is laid out so."""
-    return t.permute(dims).contiguous()
+        given = (layout.back(t) for layout, t in zip(self._inputs, tensors, strict=True))
+        wide = (t.float() if self._widen and t.is_floating_point() else t for t in given)
+        returned = zip(self._outputs, as_tuple(self.stage(*wide)), strict=True)
+        return tuple(layout.into(t.to(layout.dtype)) for layout, t in returned)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dgate_rt.engines.base import Run
-from dgate_rt.engines.export import Exported, export, in_order
+from dgate_rt.engines.export import Exported, export
 from dgate_rt.errors import ExecutorError
 from dgate_rt.staged import Boundary
 
@@ -58,7 +58,7 @@ class _Session:
 
     def __call__(self, *tensors: Tensor) -> Boundary:
         exported = self._exported
-        given = [in_order(t, dims) for t, dims in zip(tensors, exported.inputs, strict=True)]
+        given = exported.given(tensors)
         rows = exported.outputs(len(tensors[0]))
         binding = self._session.io_binding()
         for name, t in zip(self._inputs, given, strict=True):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dgate_rt.engines.base import Run
-from dgate_rt.engines.export import Exported, export, in_order
+from dgate_rt.engines.export import Exported, export
 from dgate_rt.progress import track
 from dgate_rt.staged import Boundary
 
@@ -22,8 +22,9 @@ class OpenVinoEngine:
     A bfloat16 stage is given to it in float32, with bfloat16 at its edges and as the precision to compute in: OpenVINO
     (2026.4) reads bfloat16 weights where torch has them, but drops the copies that it makes of strided ones.
 
-    Images leave a stage with their pixels as one dimension: so its convolutions write the result where it is wanted.
-    A result ``[N, H, W, C]`` is the same memory, but OpenVINO copies it twice.
+    Images enter and leave a stage with their pixels as one dimension, and results are rounded to bfloat16 before that.
+    ``[N, H, W, C]`` is the same memory, but where a residual block begins or ends a stage, OpenVINO copies it several
+    times: it fuses the sum into a convolution, and then does not see that no pixel has to move.
     """
 
     name = "openvino"
@@ -37,7 +38,7 @@ class OpenVinoEngine:
 
         low = any(t.dtype is torch.bfloat16 for t in (*example, *stage.parameters()))
         exported = export(stage, example, widen=low, merged=True)
-        model, core = _with_edges(ov.convert_model(exported.program), exported), _core()
+        model, core = ov.convert_model(exported.program), _core()
         options = {
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_PRECISION_HINT": "bf16" if low else "f32",
@@ -45,7 +46,7 @@ class OpenVinoEngine:
         }
         compiled = {}
         for size in track(sizes, "sizes compiled"):
-            given = (in_order(t[:size], dims) for t, dims in zip(example, exported.inputs, strict=True))
+            given = exported.given([t[:size] for t in example])
             fixed = model.clone()
             fixed.reshape({port: list(t.shape) for port, t in zip(fixed.inputs, given, strict=True)})
             compiled[size] = core.compile_model(fixed, "CPU", options)
@@ -74,13 +75,12 @@ class _Requests:
 
     def __call__(self, *tensors: Tensor) -> Boundary:
         exported, count = self._exported, len(tensors[0])
-        given = [in_order(t, dims) for t, dims in zip(tensors, exported.inputs, strict=True)]
-        rows = exported.outputs(count)
+        given, rows = exported.given(tensors), exported.outputs(count)
         request = self._request(count)
         for index, t in enumerate(given):
             request.set_input_tensor(index, _shared(t))
-        for index, (t, port) in enumerate(zip(rows, request.model_outputs, strict=True)):
-            request.set_output_tensor(index, _shared(t.view(tuple(port.shape))))
+        for index, t in enumerate(rows):
+            request.set_output_tensor(index, _shared(t))
         request.infer()
         return exported.boundary(rows)
 
@@ -89,20 +89,6 @@ class _Requests:
         if count not in requests:
             requests[count] = self._compiled[count].create_infer_request()
         return requests[count]
-
-
-def _with_edges(model: Any, exported: Exported) -> Any:
-    """The model with its inputs and outputs in bfloat16 where the stage has them so."""
-    import openvino as ov
-
-    edges = ov.preprocess.PrePostProcessor(model)
-    for index, dtype in enumerate(exported.dtypes):
-        if dtype is torch.bfloat16:
-            edges.input(index).tensor().set_element_type(ov.Type.bf16)
-    for index, dtype in enumerate(exported.outputs.dtypes):
-        if dtype is torch.bfloat16:
-            edges.output(index).tensor().set_element_type(ov.Type.bf16)
-    return edges.build()
 
 
 def _shared(t: Tensor) -> Any:

@@ -1,10 +1,11 @@
-"""An arena before every stage, each of which runs at its own best chunk size, on survivors of many chunks.
+"""An arena before every stage: stages run in chunks, of one size or each of its own, on survivors of many chunks.
 
-The batch size that suits a stage differs: on a CPU early stages want few samples at a time, whose large maps then stay
-in the cache, and late ones many. Packing the survivors is the natural place to change it: they are put behind those
-that wait in the next arena already, and a stage runs when a full chunk waits (`scheduler`), or when nothing more can
-come. A batch needs less memory this way than all at once, and batches of a stream share chunks, so that small ones run
-as well as large ones. The chunks come from measured stage times (`dgate_rt.chunks`).
+The batch size that suits a stage differs: late stages read all their weights for every chunk and want many samples,
+early ones may want fewer, whose large maps then stay in the cache. Packing the survivors is the natural place to change
+it: they are put behind those that wait in the next arena already, and a stage runs when a full chunk waits
+(`scheduler`), or when nothing more can come. A large batch needs less memory this way than all at once, and batches of
+a stream share chunks, so that small ones run as well as large ones. The chunks come from measured stage times
+(`dgate_rt.chunks`).
 
 Nothing is copied that need not be: chunks of the input are views of it, and where nobody leaves and nobody waits a
 boundary is passed on as it is.

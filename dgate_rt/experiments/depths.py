@@ -18,11 +18,10 @@ from dgate_rt.experiments.scores import Scores
 from dgate_rt.experiments.workbench import GateSpec, Workbench
 from dgate_rt.frontier import search_frontier
 from dgate_rt.gate import DEFAULT_POOL, Pool
+from dgate_rt.selection import Subset, forward_selection
 from dgate_rt.trace import Trace
 
 _NEARLY = 0.9
-Subset = tuple[int, ...]
-"""Some of all gates, in the order of the network."""
 
 
 @dataclass(frozen=True)
@@ -44,16 +43,12 @@ class _Candidates:
     scores: Scores
     drop: float
 
-    def part(self, subset: Subset) -> Costs:
-        """Of the network with these gates alone: stages between two of them are one."""
-        return part_of(self.costs, subset)
-
     def measured(self, subset: Subset, seed: int | None) -> Result:
         """The cheapest thresholds of these gates on the validation samples of a seed, there and on its test samples."""
 
         def measure() -> Result:
-            costs, (val, test) = self.part(subset), self.bench.held_out(seed)
-            chosen, tested = (_some(self.scores.trace(rows), subset) for rows in (val, test))
+            costs, (val, test) = self.costs.keeping(subset), self.bench.held_out(seed)
+            chosen, tested = (self.scores.trace(rows).keeping(subset) for rows in (val, test))
             wanted = chosen.network_accuracy - self.drop
             point = search_frontier(chosen, costs, min_accuracy=wanted).cheapest(wanted)
             replay = tested.replay(point.thresholds, costs)
@@ -70,27 +65,12 @@ class _Candidates:
 
     def greedy(self, seed: int | None) -> Iterator[tuple[int, Result]]:
         """Each gate in turn that makes the gates so far cheapest on validation data, until none makes them cheaper."""
-        subset, cost = Subset(), 1.0
-        while len(subset) < len(self.cuts):
-            others = [gate for gate in range(len(self.cuts)) if gate not in subset]
-            tried = {gate: self.measured(tuple(sorted((*subset, gate))), seed) for gate in others}
-            best = min(others, key=lambda gate: tried[gate]["validation"]["cost"])
-            if tried[best]["validation"]["cost"] >= cost:
-                return
-            subset, cost = tuple(sorted((*subset, best))), tried[best]["validation"]["cost"]
-            yield best, tried[best]
 
+        def worth(subset: Subset) -> tuple[float]:
+            return (-self.measured(subset, seed)["validation"]["cost"],)
 
-def part_of(costs: Costs, subset: Subset) -> Costs:
-    """Costs of a network with some of its gates: the stages up to each are added up, the other gates cost nothing."""
-    ends = [*(gate + 1 for gate in subset), len(costs.stages)]
-    stages = [math.fsum(costs.stages[start:end]) for start, end in zip([0, *ends], ends, strict=False)]
-    return Costs(costs.unit, tuple(stages), tuple(costs.gates[gate] for gate in subset))
-
-
-def _some(trace: Trace, subset: Subset) -> Trace:
-    """The trace of some of the gates."""
-    return Trace(trace.margins[list(subset)], trace.predictions[[*subset, -1]], trace.targets, trace.network_scores)
+        for added, subset in forward_selection(len(self.cuts), worth):
+            yield added, self.measured(subset, seed)
 
 
 def run(bench: Workbench, options: Options) -> Result:
@@ -232,9 +212,9 @@ EXPERIMENT = Experiment(
     source=BEYOND,
     about="A gate after each residual block of a ResNet, or each dense block and transition of a DenseNet, but the "
     "last, trained with hinge loss on one pass of features. They are added one by one, each time that which lowers the "
-    "cost of the cheapest thresholds on validation data most, until none does. Every choice of as many as the paper "
-    "has, or fewer, is tried where there are not too many. The paper's places are also compared on new splits of "
-    "validation and test samples, with the same gates.",
+    "cost of the cheapest thresholds on validation data most, until none does, as calibrate(max_gates=...) does. Every "
+    "choice of as many as the paper has, or fewer, is tried where there are not too many. The paper's places are also "
+    "compared on new splits of validation and test samples, with the same gates.",
     options=Options(),
     quick=Options(seeds=3, subsets=20),
     run=run,
