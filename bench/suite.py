@@ -29,6 +29,7 @@ COMPILED: tuple[Engine, ...] = (
     ("onnxruntime", "float32"),
 )
 MIXED = PAPER_MIXES[1]
+_UNCUT = 256  # images of the largest batch that ways without arenas run in one piece
 _BOUNDARIES, _REST_GIB = 6, 2.0  # what running a batch is taken to need: boundaries of it, and this for all else
 
 
@@ -161,12 +162,12 @@ def _contest(scale: Scale) -> Iterator[Group]:
 
 def _memory(scale: Scale) -> Iterator[Group]:
     for size in scale.memory_batch_sizes:
-        ways = memory.WAYS if size <= 256 else ("refill",)
+        ways = memory.WAYS if size <= _UNCUT else ("refill",)
 
         def measure(case: Case, engine: Engine, b: int, ways: Sequence[str] = ways) -> list[Row]:
             return [memory.measure_memory(way, b, engine[1]) for way in ways]
 
-        yield _group("memory", RESNET_101, EAGER, size, measure)
+        yield _group("memory", RESNET_101, EAGER, size, measure, at_once=min(size, _UNCUT))
 
 
 def _streams(scale: Scale) -> Iterator[Group]:
@@ -183,6 +184,7 @@ def _group(
     engine: Engine,
     batch_size: int,
     measure: Callable[[Case, Engine, int], Sequence[Row]],
+    at_once: int | None = None,  # images that run at once, where batches are cut up
 ) -> Group:
     """A group that says so instead of measuring where an engine is missing or the machine too small."""
 
@@ -194,7 +196,7 @@ def _group(
         if missing:
             return skipped(missing)
         case = case_of(network)
-        small = too_small(case, batch_size)
+        small = too_small(case, at_once or batch_size)
         if small:
             return skipped(small)
         return measure(case, engine, batch_size)

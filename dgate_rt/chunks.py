@@ -17,8 +17,7 @@ whose state is the chunk of the stage before.
 Samples are to wait for each other only where that pays, and times of single stages promise more than a whole network
 keeps: one stage clears the caches of the next. So all stages run at one size, unless chunks of their own are expected
 to take less by `WORTH`. That size is the whole batch if it is small; the memory of larger ones grows with it, so of
-those it is the least that is `ALIKE` the best. With a guess among the times, which favours small sizes, it is the whole
-batch.
+those it is the least that is `ALIKE` the best. With a guess among the times it is the least that is not small.
 """
 
 from __future__ import annotations
@@ -146,7 +145,7 @@ def worthwhile_chunks(
     sizes = [size for size in times.sizes if size >= min(SMALL, batch_size)]
     alike = [ChunkPlan((size,) * len(costs), tuple(cost[size] for cost in costs)) for size in sizes]
     if not times.complete:
-        return alike[-1]
+        return alike[0]
     least = min(sum(plan.expected) for plan in alike)
     one = next(plan for plan in alike if sum(plan.expected) <= (1 + ALIKE) * least)
     best = plan_chunks(times, reach, gated, batch_size, padded)

@@ -25,6 +25,8 @@ from dgate_rt.timing import machine_header
 ROUNDS = 5
 _SAMPLES = 4  # of which the inputs of later stages are made, by repeating them
 _LONG_MS = 1000.0
+_LARGE = 2**29
+"""Bytes of a boundary that no cache holds: from there on a sample costs what it costs, and memory runs out."""
 _SCHEMA = 2  # of what is kept: raised where older times would mislead
 _MACHINE = ("cpu", "kernels", "bfloat16", "torch_threads", "torch", "freed_memory")  # what times depend on
 
@@ -93,13 +95,16 @@ def measure_stage_times(
 
     Rounds go over sizes and stages in turn, so that a slow spell of the machine meets all alike. The least time counts:
     with few rounds a median would still hold the warm-up, and whatever else the machine did. A stage is not tried at
-    larger sizes once two in a row have not made a sample cheaper. Each size that is tried runs twice, and up to
+    larger sizes once two in a row have not made a sample cheaper, or where what it takes or returns would be above half
+    a GiB. Each size that is tried runs twice, and up to
     `ROUNDS` times until ``budget_s`` is spent; if that is too early for some sizes, a sample is taken to cost there
     what it cost at the largest that was tried.
     """
     end = time.perf_counter() + budget_s
     inputs = _inputs(staged, input_shape, dtype, device, channels_last)
     stages = range(len(inputs))
+    a_sample = [sum(t.nbytes for t in boundary) // _SAMPLES for boundary in inputs]
+    most = [_LARGE // max(1, *around) for around in zip(a_sample, [*a_sample[1:], 0], strict=True)]
 
     def clock(stage: int, size: int) -> float:
         with alone(staged):
@@ -112,7 +117,7 @@ def measure_stage_times(
     cut_short: set[int] = set()
     for size in track(sizes, "timing the stages", enabled=watched):
         for stage in stages:
-            if _grown_too_large(least[stage]):
+            if _grown_too_large(least[stage]) or size > max(most[stage], sizes[0]):
                 continue
             if size == sizes[0] or time.perf_counter() < end:
                 least[stage][size] = min(clock(stage, size), clock(stage, size))

@@ -117,6 +117,30 @@ def test_the_budget_bounds_sizes_and_rounds(monkeypatch):
     assert times.complete
 
 
+def test_sizes_that_memory_may_not_hold_are_not_tried(monkeypatch):
+    tried = {"wide": [], "narrow": []}
+
+    class Notes(nn.Module):
+        def __init__(self, name: str, width: int) -> None:
+            super().__init__()
+            self.name, self.width = name, width
+
+        def forward(self, x):
+            tried[self.name].append(len(x))
+            return x[:, :1].expand(-1, self.width).clone()
+
+    monkeypatch.setattr(stage_times, "_LARGE", 16 * 4 * 8)  # bytes of 8 rows of 16
+    monkeypatch.setattr(stage_times, "_grown_too_large", lambda least: False)
+    staged = StagedModel([Notes("wide", 16), Notes("narrow", 2), Notes("narrow", 2)]).eval()
+    times = stage_times.measure_stage_times(staged, (2,), torch.float32, CPU, False, (1, 8, 32))
+    assert [len(ms) for ms in times.ms] == [2, 2, 3]  # the second takes what the first returns
+    assert max(tried["wide"]) == 8
+    assert times.complete
+    assert [len(ms) for ms in times.at_all_sizes().ms] == [3, 3, 3]
+    one = stage_times.measure_stage_times(staged, (2,), torch.float32, CPU, False, (32,))
+    assert [len(ms) for ms in one.ms] == [1, 1, 1]  # an engine of one size runs at no other
+
+
 def test_times_are_kept_and_read_again(cache, monkeypatch):
     staged = staged_of(4, 5, 3)
     first = measured(staged)
