@@ -64,8 +64,14 @@ class Ways:
     def compile(self, program: GateProgram, executor: str, keep_memory: bool = True) -> Runtime:
         """`dgate_rt.compile`, whose stages are compiled once for all programs of this process."""
         engine = self.engine if self.engine == "eager" else kept(self.engine)
-        how = {"executor": executor, "engine": engine, "dtype": self.dtype, "keep_memory": keep_memory}
-        return compile(program, batch_size=self.batch_size, **how)
+        return compile(
+            program,
+            executor=executor,
+            batch_size=self.batch_size,
+            dtype=self.dtype,
+            engine=engine,
+            keep_memory=keep_memory,
+        )
 
     def add_dense(self) -> None:
         """The network as one piece, every image through all of it."""

@@ -24,8 +24,6 @@ from dgate_rt.selection import Subset, select_gates
 from dgate_rt.staged import StagedModel
 from dgate_rt.trace import Trace, collect_trace
 
-_CHOSEN_BEFORE = "unless by other samples than those of the loader, the guarantee does not hold"
-
 
 def calibrate(
     staged: StagedModel,
@@ -86,7 +84,8 @@ def calibrate(
     if max_gates is not None and (not isinstance(max_gates, int) or max_gates < 1):
         raise ValueError(f"max_gates: expected a whole number of at least 1, or None for all, got {max_gates!r}")
     if confidence is not None and staged.split_at != staged.cuts:
-        warnings.warn("confidence: these gates were chosen among others; " + _CHOSEN_BEFORE, stacklevel=2)
+        message = "unless by other samples than those of the loader, the guarantee does not hold"
+        warnings.warn(f"confidence: these gates were chosen among others; {message}", stacklevel=2)
     device = check_staged(staged, device)
     checked = _check_gates(staged, gates)
     with frozen(staged):
