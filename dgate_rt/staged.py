@@ -132,9 +132,7 @@ class StagedModel(nn.Module):
             for line in _structure(stage):
                 digest.update(f"{index}.{line}\n".encode())
             for name, tensor in itertools.chain(stage.named_parameters(), stage.named_buffers()):
-                digest.update(f"{index}.{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-                raw = tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8)
-                digest.update(raw.numpy().data)
+                update_digest(digest, f"{index}.{name}", tensor)
         return f"sha256:{digest.hexdigest()}"
 
     def extra_repr(self) -> str:
@@ -160,6 +158,13 @@ def _one_stage(parts: Sequence[nn.Module]) -> nn.Module:
     """One module of some stages in order, the same whether they were joined before in part or not."""
     flat = [stage for part in parts for stage in (part.parts if isinstance(part, _Joined) else [part])]
     return flat[0] if len(flat) == 1 else _Joined(flat)
+
+
+def update_digest(digest: hashlib._Hash, name: str, tensor: Tensor) -> None:
+    """Add a tensor: name, dtype, shape, and its values byte for byte."""
+    digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+    raw = tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8)
+    digest.update(raw.numpy().data)
 
 
 def _structure(stage: nn.Module) -> Iterator[str]:

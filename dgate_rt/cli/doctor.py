@@ -16,6 +16,7 @@ from importlib import metadata
 import torch
 from torch import nn
 
+from dgate_rt.cache import VARIABLE, cache_dir, kept_bytes
 from dgate_rt.timing import driver_cuda_version
 
 _GRAPH_DRIVER = (12, 8)
@@ -81,10 +82,12 @@ def _software() -> list[Finding]:
 
     section = "Software"
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU only"
+    kept = f"{cache_dir()}, {kept_bytes() / 2**20:.0f} MiB (change with {VARIABLE})"
     return [
         Finding(section, "dgate-rt", None, __version__),
         Finding(section, "python", None, f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
         Finding(section, "torch", None, f"{torch.__version__} (build: {build})"),
+        Finding(section, "kept between runs", None, kept),
     ]
 
 

@@ -92,7 +92,9 @@ def build(
     made = EngineStages(staged, stages, name, example.dtype)
     made.fallen = fallen
     made.own_threads = getattr(engine, "own_threads", False) and not fallen
-    made.report = [f"prepared in {time.perf_counter() - start:.1f} s{_growth(before)}"]
+    found = sum(getattr(getattr(stage, "run", None), "found", False) for stage in stages)
+    kept = f", {found} of {len(stages)} stages found on disk" if found else ""
+    made.report = [f"prepared in {time.perf_counter() - start:.1f} s{kept}{_growth(before)}"]
     return made
 
 

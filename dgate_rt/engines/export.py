@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
+from dgate_rt.cache import kept_files
 from dgate_rt.errors import ExecutorError
-from dgate_rt.staged import Boundary, as_tuple
+from dgate_rt.staged import Boundary, as_tuple, update_digest
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -57,6 +64,39 @@ class Exported:
         restored = tuple(layout.back(t) for layout, t in zip(self.outputs.layouts, rows, strict=True))
         return restored[0] if self.single else restored
 
+    def converted(
+        self, packages: Sequence[str], write: Callable[[Path], None], read: Callable[[Path], T]
+    ) -> tuple[T, bool]:
+        """What ``read`` makes of the files that ``write`` converts the graph to, now or in an earlier process.
+
+        Args:
+            packages: those that convert it, the one that reads it first; files of other versions are not found.
+            write: puts the files into an empty folder.
+            read: takes that folder; the files may be gone when it has returned.
+
+        Returns:
+            What ``read`` returned, and whether the files were found.
+        """
+        versions = " ".join(f"{name} {metadata.version(name)}" for name in ("torch", *packages))
+        key = hashlib.sha256(f"{versions} {self.digest()}".encode()).hexdigest()[:32]
+        return kept_files("stages", f"{packages[0]}-{key}", write, read)
+
+    def digest(self) -> str:
+        """SHA-256 over every operation of the graph, what it takes, and, byte for byte, what it holds.
+
+        What torch exported tells two stages apart also where the same modules with the same weights are called from
+        other Python code, which `StagedModel.fingerprint` cannot see.
+        """
+        program, digest = self.program, hashlib.sha256()
+        taken = [(t.dtype, tuple(t.shape[1:]), t.stride()) for t in program.example_inputs[0]]
+        digest.update(f"{program.graph_signature} {taken}\n".encode())
+        for name, module in program.graph_module.named_modules():
+            if isinstance(module, fx.GraphModule):
+                digest.update(f"{name}\n{module.code}\n".encode())
+        for name, held in (*program.state_dict.items(), *program.constants.items()):
+            update_digest(digest, name, held)
+        return digest.hexdigest()
+
 
 class Outputs(threading.local):
     """Memory for what a stage returns, of as many rows as were ever asked for; each thread keeps its own."""
@@ -96,7 +136,9 @@ def export(
     from torch._dynamo.exc import UserError, UserErrorType  # takes a second to import
 
     with torch.inference_mode(False), torch.no_grad():
-        given = tuple(torch.cat([t, t]) if len(t) == 1 else t.clone() for t in example)  # a size of 1 would be fixed
+        given = tuple(
+            torch.cat([t, t]) if len(t) == 1 else t[:2].clone() for t in example
+        )  # a size of 1 would be fixed
         returned = stage(*(t.clone() for t in given))
         single = isinstance(returned, Tensor)
         results = tuple(t.contiguous() for t in as_tuple(returned)) if planar else as_tuple(returned)

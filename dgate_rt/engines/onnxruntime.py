@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,8 @@ from dgate_rt.engines.base import Run
 from dgate_rt.engines.export import Exported, export
 from dgate_rt.errors import ExecutorError
 from dgate_rt.staged import Boundary
+
+_FILE = "stage.onnx"  # the weights beside it
 
 
 class OnnxRuntimeEngine:
@@ -39,20 +40,23 @@ class OnnxRuntimeEngine:
         options = ort.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # every stage has threads of its own
-        program = torch.onnx.export(exported.program, dynamo=True, verbose=False)
-        assert program is not None
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "stage.onnx"
-            program.save(path, external_data=True)  # one file holds 2 GB at most
-            session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        return _Session(exported, session)
+
+        def write(folder: Path) -> None:
+            program = torch.onnx.export(exported.program, dynamo=True, verbose=False)
+            assert program is not None
+            program.save(folder / _FILE, external_data=True)  # one file holds 2 GB at most
+
+        def read(folder: Path) -> Any:
+            return ort.InferenceSession(folder / _FILE, options, providers=["CPUExecutionProvider"])
+
+        return _Session(exported, *exported.converted(self.packages, write, read))
 
 
 class _Session:
     """Runs a session on tensors where they lie; each thread keeps memory for what comes out."""
 
-    def __init__(self, exported: Exported, session: Any) -> None:
-        self._exported, self._session = exported, session
+    def __init__(self, exported: Exported, session: Any, found: bool) -> None:
+        self._exported, self._session, self.found = exported, session, found
         self._inputs = [i.name for i in session.get_inputs()]
         self._outputs = [o.name for o in session.get_outputs()]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from dgate_rt.engines.base import Run
 from dgate_rt.engines.export import Exported, export
 from dgate_rt.progress import track
 from dgate_rt.staged import Boundary
+
+_FILE = "stage.xml"  # the weights beside it
 
 
 class OpenVinoEngine:
@@ -38,7 +41,12 @@ class OpenVinoEngine:
 
         low = any(t.dtype is torch.bfloat16 for t in (*example, *stage.parameters()))
         exported = export(stage, example, widen=low, merged=True)
-        model, core = ov.convert_model(exported.program), _core()
+        core = _core()
+
+        def write(folder: Path) -> None:
+            ov.save_model(ov.convert_model(exported.program), folder / _FILE, compress_to_fp16=False)
+
+        model, found = exported.converted(self.packages, write, lambda folder: core.read_model(folder / _FILE))
         options = {
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_PRECISION_HINT": "bf16" if low else "f32",
@@ -50,7 +58,7 @@ class OpenVinoEngine:
             fixed = model.clone()
             fixed.reshape({port: list(t.shape) for port, t in zip(fixed.inputs, given, strict=True)})
             compiled[size] = core.compile_model(fixed, "CPU", options)
-        return _Requests(exported, compiled)
+        return _Requests(exported, compiled, found)
 
 
 @cache
@@ -69,8 +77,8 @@ def _core() -> Any:
 class _Requests:
     """Runs compiled models; each thread has requests of its own, and memory for what they return."""
 
-    def __init__(self, exported: Exported, compiled: Mapping[int, Any]) -> None:
-        self._exported, self._compiled = exported, compiled
+    def __init__(self, exported: Exported, compiled: Mapping[int, Any], found: bool) -> None:
+        self._exported, self._compiled, self.found = exported, compiled, found
         self._own = threading.local()
 
     def __call__(self, *tensors: Tensor) -> Boundary:
