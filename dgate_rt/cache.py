@@ -15,9 +15,7 @@ from typing import Any, TypeVar
 from platformdirs import user_cache_dir
 
 VARIABLE = "DGATE_RT_CACHE"
-LIMIT_BYTES = 4 * 2**30
-"""What kept folders of files take at most; the least recently used go first. They leave that much of the disk free."""
-
+LIMIT_VARIABLE, LIMIT_GIB = "DGATE_RT_CACHE_GIB", 4.0
 _CHECKSUMS = "checksums.json"
 
 T = TypeVar("T")
@@ -26,6 +24,19 @@ T = TypeVar("T")
 def cache_dir() -> Path:
     """The folder that ``DGATE_RT_CACHE`` in the environment names, else the user's own."""
     return Path(os.environ.get(VARIABLE) or user_cache_dir("dgate_rt"))
+
+
+def limit_bytes() -> int:
+    """What kept folders of files take at most, by ``DGATE_RT_CACHE_GIB`` in the environment; 0 keeps none.
+
+    Raises:
+        ValueError: if that is no number.
+    """
+    text = os.environ.get(LIMIT_VARIABLE) or str(LIMIT_GIB)
+    try:
+        return int(float(text) * 2**30)
+    except (ValueError, OverflowError):
+        raise ValueError(f"{LIMIT_VARIABLE}: expected a number of GiB, got {text!r}") from None
 
 
 def kept_bytes() -> int:
@@ -56,14 +67,16 @@ def keep(name: str, value: Any) -> None:
 def kept_files(kind: str, key: str, write: Callable[[Path], None], read: Callable[[Path], T]) -> tuple[T, bool]:
     """What ``read`` makes of a folder of files, which ``write`` fills if it is not kept from before.
 
-    Where the user's folder cannot be written or the disk is nearly full, the files are temporary. Files that are not as
-    they were written are written anew.
+    All folders of a kind together stay within `limit_bytes`: the least recently used go first. Where the user's folder
+    cannot be written, or the disk has less than that to spare, the files are temporary. Files that are not as they were
+    written are written anew. Other users of the machine cannot read them.
 
     Args:
-        kind: of folders that share `LIMIT_BYTES`.
+        kind: of folders that share the limit.
         key: a file name that stands for everything that the files depend on.
         write: puts files into an empty folder.
-        read: takes a folder that ``write`` filled, and needs none of its files when it has returned.
+        read: takes a folder that ``write`` filled. What it returns may have the files mapped: they may go, but do not
+            change.
 
     Returns:
         What ``read`` returned, and whether the files were found.
@@ -73,28 +86,31 @@ def kept_files(kind: str, key: str, write: Callable[[Path], None], read: Callabl
     if _unchanged(place):
         with suppress(Exception):  # another process may make room meanwhile, and read() raises what its library does
             found = read(place)
-            os.utime(place)
+            with suppress(OSError):  # somebody else's folder
+                os.utime(place)
             return found, True
     with _scratch(root) as scratch:
         files = scratch / key
         files.mkdir()
         write(files)
         made = read(files)
-        with suppress(OSError):  # not the same disk, or another process was first
-            (files / _CHECKSUMS).write_text(json.dumps(_checksums(files)))
-            shutil.rmtree(place, ignore_errors=True)
-            files.rename(place)
+        if _bytes(files) <= limit_bytes():
+            with suppress(OSError):  # not the same disk, or another process was first
+                (files / _CHECKSUMS).write_text(json.dumps(_checksums(files)))
+                shutil.rmtree(place, ignore_errors=True)
+                files.rename(place)
+        with suppress(OSError):
             _make_room(root)
     return made, False
 
 
 @contextmanager
 def _scratch(root: Path) -> Iterator[Path]:
-    """A temporary folder, in ``root`` where that can be had."""
+    """A temporary folder: in ``root`` where there is room for it."""
     where: Path | None = root
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        if shutil.disk_usage(root).free < LIMIT_BYTES or not os.access(root, os.W_OK):
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not limit_bytes() or shutil.disk_usage(root).free < limit_bytes() or not os.access(root, os.W_OK):
             where = None
     except OSError:
         where = None
@@ -124,15 +140,25 @@ def _sha256(path: Path) -> str:
 
 
 def _make_room(root: Path) -> None:
-    """Delete the least recently used folders, so that the others stay within the limit."""
-    newest_first = sorted(root.iterdir(), key=lambda folder: folder.stat().st_mtime, reverse=True)
-    taken = 0
-    for folder in newest_first:
+    """Delete the least recently used folders that are whole, so that the others stay within the limit."""
+    taken, whole = 0, [path.parent for path in root.glob(f"*/{_CHECKSUMS}")]
+    for folder in sorted(whole, key=_modified, reverse=True):
         taken += _bytes(folder)
-        if taken > LIMIT_BYTES:
+        if taken > limit_bytes():
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _modified(path: Path) -> float:
+    with suppress(OSError):  # gone meanwhile
+        return path.stat().st_mtime
+    return 0.0
 
 
 def _bytes(folder: Path) -> int:
     """What the files below a folder take; 0 if there is none."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    taken = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with suppress(OSError):  # gone meanwhile
+                taken += os.stat(os.path.join(parent, name)).st_size
+    return taken

@@ -13,6 +13,7 @@ from torch import nn
 
 from dgate_rt.batches import check_staged, frozen
 from dgate_rt.cost import CostKind, measure_costs
+from dgate_rt.engines import StageEngine
 from dgate_rt.errors import UnreachableTargetError
 from dgate_rt.example import distinct_rows
 from dgate_rt.frontier import search_frontier
@@ -36,6 +37,9 @@ def calibrate(
     confidence: float | None = None,
     max_gates: int | None = None,
     cost: CostKind = "flops",
+    engine: str | StageEngine = "eager",
+    dtype: str | torch.dtype | None = None,
+    remeasure: bool = False,
     device: torch.device | str = "cpu",
     progress: bool = True,
 ) -> GateProgram:
@@ -65,13 +69,19 @@ def calibrate(
         cost: ``"flops"`` counts, ``"time"`` measures stages and gates here, at the batch size that suits each best,
             up to the loader's; of stages that ``max_gates`` joins the times are added up. On the CPU it has this
             process keep the memory that it frees, as `compile` does.
+        engine: what `compile` will run the stages on: the engine whose times count. Scores come from ``staged`` as it
+            is, in any case.
+        dtype: that `compile` will run in, likewise.
+        remeasure: measure times again that were measured before.
         device: where ``staged`` and ``gates`` are.
         progress: show a progress bar.
 
     Raises:
         TypeError: if ``gates`` holds anything but gates.
         ValueError: on more than one target, a confidence without ``max_accuracy_drop`` or outside (0, 1), another
-            number of gates than cuts, ``max_gates`` below 1, no data, or labels outside ``[0, K)``.
+            number of gates than cuts, ``max_gates`` below 1, no data, labels outside ``[0, K)``, or an engine, dtype
+            or ``remeasure`` with costs that are not times.
+        ExecutorError: if the engine or dtype is not to be had here, or the engine cannot run a stage.
         SplitError: if ``staged`` was not checked by `split` and a stage mixes the samples of a batch.
         UnreachableTargetError: when no thresholds reach the target; the message says what is reachable.
     """
@@ -81,6 +91,8 @@ def calibrate(
         if max_accuracy_drop is None:
             raise ValueError("confidence: expected max_accuracy_drop with it, the bound that is to hold, got none")
         check_bound(max_accuracy_drop, confidence)
+    if cost != "time" and (engine, dtype, remeasure) != ("eager", None, False):
+        raise ValueError(f"engine, dtype and remeasure: expected cost='time' with them, got {cost!r}")
     if max_gates is not None and (not isinstance(max_gates, int) or max_gates < 1):
         raise ValueError(f"max_gates: expected a whole number of at least 1, or None for all, got {max_gates!r}")
     if confidence is not None and staged.split_at != staged.cuts:
@@ -92,7 +104,7 @@ def calibrate(
         trace, example = collect_trace(staged, checked, loader, device=device, progress=progress)
         if not staged.checked:  # made by hand, or split without an example
             check_stages(staged.stages, distinct_rows(example, 3))
-        costs = measure_costs(staged, checked, example, cost)
+        costs = measure_costs(staged, checked, example, cost, engine, dtype, remeasure)
 
     def wanted(seen: Trace) -> float:
         return seen.network_accuracy - (max_accuracy_drop or 0.0) if min_accuracy is None else min_accuracy

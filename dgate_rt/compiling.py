@@ -61,7 +61,8 @@ def compile(
             says which and why (`Runtime.describe`): on CUDA ``"graph"`` where driver and network allow it.
         engine: what the stages run on: ``"eager"``, ``"inductor"``, ``"openvino"``, ``"onnxruntime"``, a function
             (`dgate_rt.engines.StageEngine`), or ``"auto"``, which measures those that are installed and takes the
-            fastest. ``"lag"`` runs on eager only.
+            fastest. ``"lag"`` runs on eager only. What OpenVINO and ONNX Runtime make of a stage is kept in the user's
+            cache directory, weights included (`dgate_rt.cache`).
         dtype: ``"float32"`` or ``"bfloat16"``, for the stages' weights and what passes between them; None leaves them
             as they are. Batches keep the dtype of the program, and gates score in float32.
         scores: also return the ``[N, K]`` distances, or the logits of samples that ran to the end.
@@ -77,7 +78,7 @@ def compile(
             all or, where that should save a tenth, those that should cost least (`dgate_rt.chunks`), by the times of
             the stages on this machine: measured once, in seconds, and then kept in the user's cache directory
             (`dgate_rt.stage_times`).
-        remeasure: measure those times again.
+        remeasure: measure those times again, and which engine ``"auto"`` takes.
         losing_gates: for ``"refill"`` with those times, what happens to gates that take more of them than they save at
             the program's exit shares. ``"keep"`` only tells (`Runtime.describe`), because other gates give other
             answers; ``"off"`` switches them off.
@@ -145,6 +146,7 @@ def compile(
         dtype=dtype,
         device=device,
         channels_last=channels_last,
+        remeasure=remeasure,
     )
     model = GatedModel(staged, [copy.deepcopy(gate).to(device) for gate in program.gates], program.thresholds)
     with torch.inference_mode():

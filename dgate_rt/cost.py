@@ -17,9 +17,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dgate_rt.allocator import keep_freed_memory
-from dgate_rt.executors.base import deploy, prefers_channels_last
+from dgate_rt.engines import StageEngine, prepare
+from dgate_rt.executors.base import prefers_channels_last
 from dgate_rt.flops import count_flops
 from dgate_rt.gate import GRIDS, Gate, Pool
+from dgate_rt.plan import entry_sizes
 from dgate_rt.stage_times import gate_times, sizes_up_to, stage_times
 from dgate_rt.staged import Boundary, StagedModel
 
@@ -82,22 +84,27 @@ def measure_costs(
     gates: Sequence[Gate],
     example: Tensor,  # [N, ...]; for times, N is the largest batch size that is tried
     kind: CostKind = "flops",
+    engine: str | StageEngine = "eager",
+    dtype: str | torch.dtype | None = None,
+    remeasure: bool = False,
 ) -> Costs:
     """Cost of every stage and gate on inputs like ``example``: counted FLOPs, or measured milliseconds a sample.
 
-    Times are those at the batch size that suits each stage best, in the memory format that `compile` would choose:
-    measured once on a machine and then kept (`dgate_rt.stage_times`); on the CPU with freed memory kept by the process,
-    from then on (`dgate_rt.allocator`).
+    Times are those at the batch size that suits each stage best, of the stages as `compile` prepares them for the CPU:
+    measured once on a machine and then kept (`dgate_rt.stage_times`), unless they are to be measured again; with freed
+    memory kept by the process, from then on (`dgate_rt.allocator`). ``engine`` and ``dtype`` are those of `compile`.
 
     Raises:
-        ValueError: if ``kind`` is neither ``"flops"`` nor ``"time"``, or ``example`` has no rows.
+        ValueError: if ``kind`` is neither ``"flops"`` nor ``"time"``, ``example`` has no rows, or the engine or dtype
+            is unknown.
+        ExecutorError: if the engine or dtype is not to be had here, or the engine cannot run a stage.
     """
     if kind not in ("flops", "time"):
         raise ValueError(f"cost: expected 'flops' or 'time', got {kind!r}")
     if len(example) == 0:
         raise ValueError(f"example: expected at least one row, got shape {tuple(example.shape)}")
     if kind == "time":
-        return _times(staged, gates, example)
+        return _times(staged, gates, example, engine, dtype, remeasure)
     with torch.no_grad():
         boundaries = staged.boundaries(example)  # one by one: the next stage may work in place
         features = (staged.gate_features(g, b) for g, b in zip(range(len(gates)), boundaries, strict=False))
@@ -105,15 +112,25 @@ def measure_costs(
         return Costs("FLOPs", tuple(stage_flops(staged, example)), tuple(per_gate))
 
 
-def _times(staged: StagedModel, gates: Sequence[Gate], example: Tensor) -> Costs:
-    shape, dtype, device = example.shape[1:], example.dtype, example.device
+def _times(
+    staged: StagedModel,
+    gates: Sequence[Gate],
+    example: Tensor,
+    engine: str | StageEngine,
+    dtype: str | torch.dtype | None,
+    remeasure: bool,
+) -> Costs:
+    shape, device = example.shape[1:], example.device
     if device.type == "cpu":  # as where it will run
         keep_freed_memory()
     channels_last = prefers_channels_last(staged, shape, device)
-    copied = deploy(staged, device, channels_last)
-    sizes = sizes_up_to(len(example))
-    times = stage_times(copied, shape, dtype, device, channels_last, sizes)
+    ready = prepare(
+        staged, engine, sizes=entry_sizes(len(example), "auto"), sample_shape=shape, input_dtype=example.dtype,
+        dtype=dtype, device=device, channels_last=channels_last, remeasure=remeasure,
+    )  # fmt: skip
+    sizes = ready.sizes(0) or sizes_up_to(len(example))
+    times = stage_times(ready, shape, ready.input_dtype, device, channels_last, sizes, ready.engine, remeasure)
     best = [min(zip(ms, sizes, strict=False), key=lambda pair: pair[0] / pair[1]) for ms in times.ms]
     at = [size for _, size in best[:-1]]
-    per_gate = gate_times(copied, gates, shape, dtype, channels_last, at)
+    per_gate = gate_times(ready, gates, shape, ready.input_dtype, channels_last, at)
     return Costs("ms", tuple(ms / size for ms, size in best), per_gate)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from engine_cases import network
+from programs import random_gates
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -110,6 +112,25 @@ def test_costs_count_stages_and_gates(digits):
     times = measure_costs(staged, gates, next(iter(loader))[0], "time")
     assert times.unit == "ms"
     assert all(t > 0 for t in (*times.stages, *times.gates))
+
+
+def test_times_are_those_of_what_will_run(digits):
+    staged, x = network("conv"), torch.randn(8, 3, 16, 16)
+    seen = []
+
+    def engine(stage, example, sizes):
+        seen.append((stage, len(example[0]), tuple(sizes)))
+        return stage
+
+    assert any(isinstance(module, nn.BatchNorm2d) for module in staged.modules())
+    measure_costs(staged, random_gates(staged, x, 5), x, "time", engine=engine)
+    assert not any(isinstance(module, nn.BatchNorm2d) for stage, *_ in seen for module in stage.modules())
+    assert [tuple(rest) for _, *rest in seen] == [(8, (1, 4, 8))] * 2
+    for given in ({"engine": engine}, {"dtype": "float32"}, {"remeasure": True}):
+        with pytest.raises(
+            ValueError, match="engine, dtype and remeasure: expected cost='time' with them, got 'flops'"
+        ):
+            dg.calibrate(*digits, progress=False, **given)
 
 
 def test_time_is_a_cost_too(digits):

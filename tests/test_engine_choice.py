@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 from conftest import conv_block
 from engine_cases import COMPILED, Pooled, needs, network
 from torch import Tensor, nn
@@ -20,6 +21,21 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DGATE_RT_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+class Unknown(nn.Module):
+    """An operator that no engine outside of torch has."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.linalg.eigvals(x.flatten(1)[:, :4].unflatten(1, (2, 2))).real
+
+
+@pytest.mark.parametrize("engine", [needs("openvino"), needs("onnxruntime")])
+def test_an_operator_that_an_engine_does_not_have_is_named(engine):
+    staged = StagedModel([conv_block(3, 4), Unknown()], cuts=["stem"]).eval()
+    with pytest.raises(ExecutorError, match=r"cannot run stage 1, the last: .*aten\.linalg_eig") as raised:
+        prepare(staged, engine, sizes=[4], sample_shape=(3, 8, 8))
+    assert "\x1b" not in str(raised.value)
 
 
 class Stubborn(nn.Module):
@@ -57,6 +73,10 @@ def test_auto_falls_back_stage_by_stage_and_says_so(monkeypatch):
     assert "measured now" in text
     monkeypatch.setattr(auto, "measure", None)  # is not called again
     assert "measured before" in "\n".join(prepare(staged, "auto", sizes=[4], sample_shape=(3, 8, 8)).describe())
+    monkeypatch.setattr(auto, "measure", lambda *_: ({"eager": 1.0}, ["looked again"]))
+    again = prepare(staged, "auto", sizes=[4], sample_shape=(3, 8, 8), remeasure=True)
+    assert "looked again" in "\n".join(again.describe())
+    assert prepare(staged, "auto", sizes=[4], sample_shape=(3, 8, 8)).engine == "eager"
 
 
 def test_auto_takes_no_engine_that_answers_otherwise(monkeypatch):

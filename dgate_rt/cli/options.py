@@ -32,6 +32,7 @@ Engine = Annotated[
 Dtype = Annotated[
     str | None, typer.Option("--dtype", help="float32 or bfloat16, to run in; by default that of the network.")
 ]
+Remeasure = Annotated[bool, typer.Option("--remeasure", help="Measure times again that are kept from before.")]
 Workers = Annotated[int, typer.Option("--workers", min=0, help="Processes that load data; 0 loads in this one.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON; progress goes to standard error.")]
 MaxDrop = Annotated[

@@ -15,7 +15,20 @@ import typer
 
 from dgate_rt.cli.app import app, examples
 from dgate_rt.cli.console import check_output, command, emit_json, print_table, say, table
-from dgate_rt.cli.options import BatchSize, DataName, Device, Download, Json, MaxDrop, NetworkFile, Root, Workers
+from dgate_rt.cli.options import (
+    BatchSize,
+    DataName,
+    Device,
+    Download,
+    Dtype,
+    Engine,
+    Json,
+    MaxDrop,
+    NetworkFile,
+    Remeasure,
+    Root,
+    Workers,
+)
 
 if TYPE_CHECKING:
     from dgate_rt.gate import Gate
@@ -286,7 +299,7 @@ def fit(
         "dgate calibrate gates.safetensors net.safetensors --max-drop 0.01 --confidence 0.95 -o program.safetensors",
         "dgate calibrate gates.safetensors net.safetensors --max-drop 0.01 --max-gates 3 -o program.safetensors",
         "dgate calibrate gates.safetensors net.safetensors --max-cost 2.8e9 -o program.safetensors",
-        "dgate calibrate gates.safetensors net.safetensors --cost time -b 32 -o program.safetensors",
+        "dgate calibrate gates.safetensors net.safetensors --cost time -b 32 --engine openvino -o program.safetensors",
     )
 )
 def calibrate(
@@ -308,6 +321,9 @@ def calibrate(
     cost: Annotated[
         CostName, typer.Option("--cost", help="Count FLOPs, or measure time here at this batch size.")
     ] = CostName.flops,
+    engine: Engine = "eager",
+    dtype: Dtype = None,
+    remeasure: Remeasure = False,
     batch_size: BatchSize = 256,
     root: Root = None,
     download: Download = False,
@@ -337,6 +353,9 @@ def calibrate(
             confidence=confidence,
             max_gates=max_gates,
             cost=cost.value,
+            engine=engine,
+            dtype=dtype,
+            remeasure=remeasure,
             device=device,
         )
     for warning in told:

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
@@ -28,6 +29,7 @@ from dgate_rt.cli.options import (
     MaxDrop,
     NetworkFile,
     ProgramFile,
+    Remeasure,
     Root,
     Workers,
 )
@@ -37,6 +39,11 @@ if TYPE_CHECKING:
     from dgate_rt.program import GateProgram
 
 _UNREADABLE = 1  # exit code
+
+
+class LosingGates(str, Enum):
+    keep = "keep"
+    off = "off"
 
 
 @app.command(
@@ -68,6 +75,11 @@ def run(
     dtype: Dtype = None,
     batch_size: BatchSize = 256,
     device: Device = "cpu",
+    remeasure: Remeasure = False,
+    losing_gates: Annotated[
+        LosingGates,
+        typer.Option("--losing-gates", help="Keep gates that take more time here than they save, or switch them off."),
+    ] = LosingGates.keep,
     monitor: Annotated[
         bool, typer.Option("--monitor", help="Tell at the end whether these images drifted from the validation data.")
     ] = False,
@@ -93,6 +105,8 @@ def run(
         executor=executor,
         engine=engine,
         dtype=dtype,
+        remeasure=remeasure,
+        losing_gates=losing_gates.value,
         monitor=monitor,
     )
     key, classes = "file" if isinstance(source, ImageFolder) else "index", net.meta.classes

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Callable, Sequence
 from importlib import metadata
 
@@ -25,18 +26,23 @@ AGREEMENT = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 
 
 def fastest(
-    copied: StagedModel, staged: StagedModel, example: Tensor, sizes: Sequence[tuple[int, ...]]
+    copied: StagedModel,
+    staged: StagedModel,
+    example: Tensor,
+    sizes: Sequence[tuple[int, ...]],
+    remeasure: bool = False,
 ) -> EngineStages:
     """The network on the engine that runs it fastest; ``staged`` is the original, by which the choice is remembered.
 
     A stage that the engine cannot run is on eager.
     """
     kept = f"engine-{_key(staged, example)}.json"
-    ms, notes, how = _recalled(kept), list[str](), "measured before"
+    ms, notes, how = None if remeasure else _recalled(kept), list[str](), "measured before"
     if ms is None:
+        start = time.perf_counter()
         ms, notes = measure(copied, example)
         keep(kept, ms)
-        how = "measured now"
+        how = f"measured now in {time.perf_counter() - start:.1f} s"
     chosen = min(ms, key=lambda name: ms[name])
     made = build(copied, ENGINES[chosen](), example, sizes, fall_back=True)
     times = ", ".join(f"{name} {value:.3g}" for name, value in sorted(ms.items(), key=lambda item: item[1]))

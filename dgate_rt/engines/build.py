@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import time
 from collections.abc import Sequence
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from dgate_rt.allocator import give_back_freed_memory
 from dgate_rt.engines.base import EngineStages, PreparedStage, StageEngine, name_of
 from dgate_rt.engines.eager import EagerEngine
+from dgate_rt.engines.export import ExportedRun
 from dgate_rt.engines.inductor import InductorEngine
 from dgate_rt.engines.onnxruntime import OnnxRuntimeEngine
 from dgate_rt.engines.openvino import OpenVinoEngine
@@ -20,6 +22,8 @@ from dgate_rt.executors.base import row_dense
 from dgate_rt.progress import note
 from dgate_rt.staged import Boundary, StagedModel, as_tuple
 
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+_NO_OPERATOR = ("No conversion rule found", "No ONNX function found")  # as OpenVINO and the ONNX exporter say it
 BuiltIn = EagerEngine | InductorEngine | OpenVinoEngine | OnnxRuntimeEngine
 ENGINES: dict[str, type[BuiltIn]] = {
     engine.name: engine for engine in (EagerEngine, InductorEngine, OpenVinoEngine, OnnxRuntimeEngine)
@@ -92,7 +96,8 @@ def build(
     made = EngineStages(staged, stages, name, example.dtype)
     made.fallen = fallen
     made.own_threads = getattr(engine, "own_threads", False) and not fallen
-    found = sum(getattr(getattr(stage, "run", None), "found", False) for stage in stages)
+    runs = [stage.run for stage in stages if isinstance(stage, PreparedStage)]
+    found = sum(isinstance(run, ExportedRun) and run.found for run in runs)
     kept = f", {found} of {len(stages)} stages found on disk" if found else ""
     made.report = [f"prepared in {time.perf_counter() - start:.1f} s{kept}{_growth(before)}"]
     return made
@@ -113,8 +118,9 @@ def _place(staged: StagedModel, index: int) -> str:
 
 
 def _cause(error: Exception) -> str:
-    """The first line that says something."""
-    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    """The line that names an operator, where one is known to; else the first that says something."""
+    lines = [line.strip() for line in _COLOURS.sub("", str(error)).splitlines() if line.strip()]
+    text = next((line for line in lines if any(phrase in line for phrase in _NO_OPERATOR)), (lines or [""])[0])
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import hashlib
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib import metadata
+from importlib import import_module
 from pathlib import Path
 from typing import TypeVar
 
@@ -19,6 +20,7 @@ from dgate_rt.errors import ExecutorError
 from dgate_rt.staged import Boundary, as_tuple, update_digest
 
 T = TypeVar("T")
+_SCHEMA = 1  # of what is kept: raised where a graph is written in another way
 
 
 @dataclass(frozen=True)
@@ -72,13 +74,13 @@ class Exported:
         Args:
             packages: those that convert it, the one that reads it first; files of other versions are not found.
             write: puts the files into an empty folder.
-            read: takes that folder; the files may be gone when it has returned.
+            read: takes that folder; see `dgate_rt.cache.kept_files`.
 
         Returns:
             What ``read`` returned, and whether the files were found.
         """
-        versions = " ".join(f"{name} {metadata.version(name)}" for name in ("torch", *packages))
-        key = hashlib.sha256(f"{versions} {self.digest()}".encode()).hexdigest()[:32]
+        versions = [f"{name} {import_module(name).__version__}" for name in ("torch", *packages)]
+        key = hashlib.sha256(f"{_SCHEMA} {versions} {self.digest()}".encode()).hexdigest()[:32]
         return kept_files("stages", f"{packages[0]}-{key}", write, read)
 
     def digest(self) -> str:
@@ -94,7 +96,7 @@ class Exported:
             if isinstance(module, fx.GraphModule):
                 digest.update(f"{name}\n{module.code}\n".encode())
         for name, held in (*program.state_dict.items(), *program.constants.items()):
-            update_digest(digest, name, held)
+            update_digest(digest, f"{name} {held.stride()}", held)
         return digest.hexdigest()
 
 
@@ -113,6 +115,21 @@ class Outputs(threading.local):
                 rows = zip(self._rows, self.layouts, strict=True)
                 self._memory = [torch.empty(count, *shape, dtype=layout.dtype) for shape, layout in rows]
         return [t[:count] for t in self._memory]
+
+
+class ExportedRun(ABC):
+    """What an engine outside of torch made of a stage; a `dgate_rt.engines.base.Run`.
+
+    Attributes:
+        found: whether its graph was kept from before.
+    """
+
+    def __init__(self, exported: Exported, found: bool) -> None:
+        self._exported, self.found = exported, found
+
+    @abstractmethod
+    def __call__(self, *tensors: Tensor) -> Boundary:
+        """The next boundary."""
 
 
 def export(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dgate_rt.engines.base import Run
-from dgate_rt.engines.export import Exported, export
+from dgate_rt.engines.export import Exported, ExportedRun, export
 from dgate_rt.errors import ExecutorError
 from dgate_rt.staged import Boundary
 
@@ -52,11 +52,12 @@ class OnnxRuntimeEngine:
         return _Session(exported, *exported.converted(self.packages, write, read))
 
 
-class _Session:
+class _Session(ExportedRun):
     """Runs a session on tensors where they lie; each thread keeps memory for what comes out."""
 
     def __init__(self, exported: Exported, session: Any, found: bool) -> None:
-        self._exported, self._session, self.found = exported, session, found
+        super().__init__(exported, found)
+        self._session = session
         self._inputs = [i.name for i in session.get_inputs()]
         self._outputs = [o.name for o in session.get_outputs()]
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dgate_rt.engines.base import Run
-from dgate_rt.engines.export import Exported, export
+from dgate_rt.engines.export import Exported, ExportedRun, export
 from dgate_rt.progress import track
 from dgate_rt.staged import Boundary
 
@@ -74,11 +74,12 @@ def _core() -> Any:
     return ov.Core()
 
 
-class _Requests:
+class _Requests(ExportedRun):
     """Runs compiled models; each thread has requests of its own, and memory for what they return."""
 
     def __init__(self, exported: Exported, compiled: Mapping[int, Any], found: bool) -> None:
-        self._exported, self._compiled, self.found = exported, compiled, found
+        super().__init__(exported, found)
+        self._compiled = compiled
         self._own = threading.local()
 
     def __call__(self, *tensors: Tensor) -> Boundary:

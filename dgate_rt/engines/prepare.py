@@ -27,6 +27,7 @@ def prepare(
     dtype: str | torch.dtype | None = None,
     device: torch.device | str = "cpu",
     channels_last: bool = False,
+    remeasure: bool = False,
 ) -> EngineStages:
     """A copy of the network whose stages run on an engine; BatchNorms are folded into the convolutions before them.
 
@@ -40,6 +41,7 @@ def prepare(
         dtype: ``"float32"`` or ``"bfloat16"`` for weights and input; None leaves both as they are.
         device: where to run.
         channels_last: whether images and convolution weights are laid out so.
+        remeasure: whether ``"auto"`` measures again what it measured before.
 
     Raises:
         ValueError: on an unknown engine or dtype, or a size below one.
@@ -59,7 +61,7 @@ def prepare(
             input_dtype = wanted if input_dtype.is_floating_point else input_dtype
         example = _example((chosen[0][-1], *sample_shape), input_dtype, device, channels_last)
     if found is None:
-        return fastest(copied, staged, example, chosen)
+        return fastest(copied, staged, example, chosen, remeasure)
     return build(copied, found, example, chosen)
 
 

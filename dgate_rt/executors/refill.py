@@ -53,6 +53,7 @@ class RefillExecutor:
                 self._drop_losing_gates(self.times)
         else:
             self.plan, self.accounts = ChunkPlan(tuple(setup.chunks), ()), []
+        self._reckoned_at = model.point
         self._free: list[Line] = []
 
     def run(self, x: Tensor, out: Predictions) -> None:
@@ -94,8 +95,13 @@ class RefillExecutor:
             how = ", regrouped before" if stage in regrouped else ""
             lines.append(f"stage {stage}: chunks of {chunk}{how}{expected[stage]}")
         self._give(line)
-        lines += [f"{_told(account)}{'' if account.pays else '; it loses time'}" for account in self.accounts]
-        lines += [f"{_told(account)}, so it is off" for account in self.dropped]
+        if self.model.point == self._reckoned_at:
+            lines += [f"{_told(account)}{'' if account.pays else '; it loses time'}" for account in self.accounts]
+            lines += [f"{_told(account)}, so it is off" for account in self.dropped]
+        elif self.accounts or self.dropped:
+            lines.append(
+                "what gates take and save was reckoned at other thresholds; compile a program of these to know"
+            )
         held = sum(arena.nbytes for free in self._free for arena in free.arenas) / 2**20
         return [*lines, f"arenas hold {held:.1f} MiB so far"]
 
