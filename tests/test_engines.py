@@ -14,7 +14,7 @@ from torch import Tensor
 
 import dgate_rt as dg
 from dgate_rt import reference
-from dgate_rt.engines import PreparedStage, precision, prepare
+from dgate_rt.engines import PreparedStage, openvino, precision, prepare
 from dgate_rt.plan import likely_sizes
 from dgate_rt.staged import as_tuple
 
@@ -235,6 +235,20 @@ def test_openvino_writes_images_where_they_are_wanted(prepared, engine):
     for compiled in stage.run._compiled.values():
         kinds = [node.get_rt_info()["layerType"] for node in compiled.get_runtime_model().get_ops()]
         assert "Transpose" not in kinds
+
+
+@pytest.mark.parametrize("engine", [needs("openvino")])
+@pytest.mark.parametrize("taken", [True, False], ids=["taken", "not taken"])
+def test_openvino_generates_no_code_for_casts_alone(engine, taken, monkeypatch):
+    """Nor does it matter if a version does not know how to leave it."""
+    if not taken:
+        monkeypatch.setattr(openvino, "_GENERATION", "NO_SUCH_PROPERTY")
+    monkeypatch.setattr(precision, "supports_bfloat16", lambda device: True)
+    stages = prepare(network("conv"), engine, sizes=[2, 4], sample_shape=(3, 16, 16), dtype="bfloat16")
+    with torch.inference_mode():
+        assert stages(torch.ones(4, 3, 16, 16, dtype=torch.bfloat16)).isfinite().all()
+    compiled = [model for stage in stages.stages for model in stage.run._compiled.values()]
+    assert any(map(openvino._generates_casts_alone, compiled)) != taken
 
 
 _TWO_NETWORKS_END = """

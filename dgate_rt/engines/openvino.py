@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from dgate_rt.progress import track
 from dgate_rt.staged import Boundary
 
 _FILE = "stage.xml"  # the weights beside it
+_GENERATION = "SNIPPETS_MODE"  # a property that OpenVINO (2026.4) takes and does not list
 
 
 class OpenVinoEngine:
@@ -27,7 +29,9 @@ class OpenVinoEngine:
 
     Images enter and leave a stage with their pixels as one dimension, and results are rounded to bfloat16 before that.
     ``[N, H, W, C]`` is the same memory, but where a residual block begins or ends a stage, OpenVINO copies it several
-    times: it fuses the sum into a convolution, and then does not see that no pixel has to move.
+    times: it fuses the sum into a convolution, and then does not see that no pixel has to move. Nor does it see that a
+    cast from bfloat16 to what it computes in is none, once it has generated code for it; so where these casts are all
+    that it would generate code for, it is told not to.
     """
 
     name = "openvino"
@@ -58,7 +62,19 @@ class OpenVinoEngine:
             fixed = model.clone()
             fixed.reshape({port: list(t.shape) for port, t in zip(fixed.inputs, given, strict=True)})
             compiled[size] = core.compile_model(fixed, "CPU", options)
+            if low and _GENERATION not in options and _generates_casts_alone(compiled[size]):
+                with suppress(RuntimeError):  # where a version does not take it
+                    compiled[size] = core.compile_model(fixed, "CPU", {**options, _GENERATION: "DISABLE"})
+                    options[_GENERATION] = "DISABLE"
         return _Requests(exported, compiled, found)
+
+
+def _generates_casts_alone(compiled: Any) -> bool:
+    """Whether OpenVINO generates code, as "subgraphs", and for casts only; it fuses all else into larger operators."""
+    infos = [node.get_rt_info() for node in compiled.get_runtime_model().get_ops()]
+    names = [info["originalLayersNames"].astype(str) for info in infos if info["layerType"].astype(str) == "Subgraph"]
+    generated = [name.rpartition("/")[2] for joined in names for name in joined.split(",")]
+    return bool(generated) and all(name.startswith("Convert") for name in generated)
 
 
 @cache
