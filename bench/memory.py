@@ -8,6 +8,7 @@ milliseconds a sample.
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
@@ -53,7 +54,9 @@ def _child(way: str, batch_size: int, dtype: str) -> None:
         program, executor = ways.work.program(MIX), way
     else:
         program, executor = (ways.case.program, "refill") if way == CHUNKED else (whole(ways.case), "dense")
-    run = ways.compile(program, executor, keep_memory=way != FRESH_PAGES)
+    compiled = functools.partial(ways.compile, program, executor, keep_memory=way != FRESH_PAGES)
+    ways.check(way, map(compiled(), ways.work.batches), program)  # by a runtime of its own: arenas are kept
+    run = compiled()
     (x,) = ways.work.batches
     run(x[:1])
     give_back_freed_memory()  # or what was freed before would be room that no batch needs

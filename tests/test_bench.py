@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import torch
 from torchvision.models import VisionTransformer
 from typer.testing import CliRunner
 
+from dgate_rt import Predictions, Runtime
 from dgate_rt.bench import contest, latency, memory, mixes, overhead, page, streams, suite, targets, ways
 from dgate_rt.bench.cases import TINY, Case, Network, make_case
 from dgate_rt.bench.record import Group, Results, Row, load_rows
@@ -129,22 +132,45 @@ def test_an_engine_that_compiles_once_is_still_that_engine(name: str) -> None:
         assert getattr(kept, what) == getattr(engine, what, False)
 
 
-def test_wrong_answers_are_not_timed(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+WAYS: dict[str, Callable[[ways.Ways], None]] = {
+    "dense": lambda made: made.add_dense(),
+    "dense, chunked": lambda made: made.add_chunked(),
+    "refill": lambda made: made.add_gated("refill", MIXED),
+    "refill, all leave at gate 2": lambda made: made.add_leaving(1),
+    "mine": lambda made: made.add_peer("mine", MIXED, lambda program: made.compile(program, "eager")),
+}
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_right_answers_are_timed(case: Case, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "supports_bfloat16", lambda device: True)  # emulated, it is as right
+    for dtype in ("float32", "bfloat16"):
+        made = ways.Ways(case, "eager", dtype, 4, 8)
+        WAYS[name](made)
+        assert [way.name for way in made.ways] == [name]
+
+
+def wrong(run: Callable[[torch.Tensor], Predictions], x: torch.Tensor) -> Predictions:
+    answers = run(x)
+    answers.labels += 1
+    return answers
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_wrong_answers_are_not_timed(case: Case, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = ways.Ways.compile
+    monkeypatch.setattr(ways.Ways, "compile", lambda *given: functools.partial(wrong, right(*given)))
     made = ways.Ways(case, *EAGER, 4, 8)
-
-    def wrong(program: object) -> object:
-        run = made.compile(program, "eager")  # type: ignore[arg-type]
-
-        def call(x: torch.Tensor) -> object:
-            out = run(x)
-            out.labels += 1
-            return out
-
-        return call
-
-    with pytest.raises(RuntimeError, match="will not time wrong answers: mine answers 8 of 8 differently"):
-        made.add_peer("mine", MIXED, wrong)  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError, match=f"will not time wrong answers: {name} answers 8 of 8 differently"):
+        WAYS[name](made)
     assert made.ways == []
+
+
+def test_wrong_answers_of_a_stream_are_not_timed(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = Runtime.stream
+    monkeypatch.setattr(Runtime, "stream", lambda run, batches, **more: right(run, reversed([*batches]), **more))
+    with pytest.raises(RuntimeError, match="will not time wrong answers: eager in batches of 5 answers"):
+        streams.measure_streams(case, *EAGER, 64, MIXED, 1, arriving=(5,))
 
 
 def test_an_engine_that_is_missing_and_a_machine_too_small_are_said(
