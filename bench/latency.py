@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from dgate_rt.bench.cases import Case
-from dgate_rt.bench.peers import EarlyonBatched
+from dgate_rt.bench.peers import EarlyonBatched, no_earlyon
 from dgate_rt.bench.record import Row
 from dgate_rt.bench.ways import DENSE, GATED, Ways, whole
 from dgate_rt.bench.workload import NO_EXIT, Mix
@@ -32,7 +32,7 @@ def measure_latency(case: Case, engine: str, dtype: str, calls: int) -> list[Row
         program = ways.work.program(mix)
         for executor in GATED:
             jobs.append((executor, mix, ways.checked(executor, program, executor)))
-        if engine == "eager" and dtype == "float32":
+        if (engine, dtype) == ("eager", "float32") and not no_earlyon():
             jobs.append((EarlyonBatched.name, mix, EarlyonBatched(ways.work.workload, mix)))
     (x,) = ways.work.batches
     spent = _turns([run for *_, run in jobs], x, calls)
@@ -48,6 +48,8 @@ def measure_latency(case: Case, engine: str, dtype: str, calls: int) -> list[Row
         rows.append(
             Row("latency", case.network.name, engine, dtype, name, 1, mix, Timing.of(rounds), over, values)
         )  # fmt: skip
+    if (engine, dtype) == ("eager", "float32") and no_earlyon():
+        rows.append(Row("latency", case.network.name, engine, dtype, EarlyonBatched.name, 1, note=no_earlyon()))
     return rows
 
 

@@ -15,8 +15,8 @@ from torchvision.models import VisionTransformer
 from typer.testing import CliRunner
 
 from dgate_rt import Predictions, Runtime
-from dgate_rt.bench import contest, latency, memory, mixes, overhead, page, streams, suite, targets, ways
-from dgate_rt.bench.cases import TINY, Case, Network, make_case
+from dgate_rt.bench import contest, latency, memory, mixes, overhead, page, peers, streams, suite, targets, ways
+from dgate_rt.bench.cases import TINY, Case, Network, Work, make_case
 from dgate_rt.bench.record import Group, Results, Row, load_rows
 from dgate_rt.bench.workload import NO_EXIT, PAPER_MIXES
 from dgate_rt.cli import app
@@ -108,6 +108,36 @@ def test_streams_of_every_size(case: Case, monkeypatch: pytest.MonkeyPatch) -> N
     ]
     assert all(row.values["p99 latency ms"] >= row.values["p50 latency ms"] > 0 for row in rows)
     assert [row.values[streams.BESIDE_FULL] for row in rows][3:] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("way", memory.WAYS)
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_is_measured_once_answers_are_right(
+    way: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(memory, "RESNET_101", TINY)
+    memory._child(way, 8, "float32")
+    found = json.loads(capsys.readouterr().out)
+    assert found["peak MiB"] >= found["idle MiB"] > 0
+    assert ("arenas MiB" in found) == (way in (ways.CHUNKED, "refill"))
+    monkeypatch.setattr(Work, "wrong", lambda work, answers, thresholds: 3)
+    with pytest.raises(RuntimeError, match=f"will not time wrong answers: {way} answers 3 of 8 differently"):
+        memory._child(way, 8, "float32")
+
+
+def test_memory_is_not_measured_where_the_system_does_not_tell_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "STATUS", Path("/nowhere"))
+    row = memory.measure_memory("refill", 64, "float32")
+    assert (row.ms, row.note) == (None, "skipped: only Linux tells a process's peak memory, in /nowhere")
+
+
+def test_without_earlyon_the_others_are_timed(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "earlyon", None)
+    monkeypatch.setattr(peers, "find_spec", lambda name: None)
+    for rows in (latency.measure_latency(case, *EAGER, 2), contest.measure_contest(case, [EAGER], 4, 8, (MIXED,), 1)):
+        (skipped,) = (row for row in rows if row.way == "earlyon")
+        assert skipped.note == 'skipped: earlyon is not installed: pip install "dgate-rt[bench]"'
+        assert {"dense", "refill"} <= {row.way for row in rows if row.ms}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
