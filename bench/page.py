@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dgate_rt.bench import plots
-from dgate_rt.bench.record import Row, load_rows
+from dgate_rt.bench.record import Row, load_rows, machine_words
 from dgate_rt.bench.targets import mix_name, verdicts
 from dgate_rt.bench.ways import CHUNKED, DENSE
 from dgate_rt.drawing import standalone
@@ -77,7 +77,7 @@ def write_page(path: Path, found: dict[str, Any], rows: Sequence[Row], source: s
 
 
 def _page(found: dict[str, Any], rows: Sequence[Row], source: str, pictures: dict[str, str]) -> Iterator[str]:
-    machine = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in found["machine"].items() if value)
+    machine = ", ".join(machine_words(found["machine"]))
     commands, commits = (
         sorted({group[of] or "unknown" for group in found["groups"].values()}) for of in ("command", "commit")
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ from dgate_rt.files import gates_off
 from dgate_rt.staged import Boundary
 from dgate_rt.timing import interleaved
 
-DENSE, CHUNKED = "dense", "dense, chunked"
+DENSE, CHUNKED, LOSING_OFF = "dense", "dense, chunked", "refill, losing gates off"
 GATED = ("eager", "refill")
 
 
@@ -61,21 +62,16 @@ class Ways:
         """Images of a round."""
         return len(self.work.workload.images)
 
-    def compile(self, program: GateProgram, executor: str, keep_memory: bool = True) -> Runtime:
+    def compile(self, program: GateProgram, executor: str, **more: Any) -> Runtime:
         """`dgate_rt.compile`, whose stages are compiled once for all programs of this process."""
         engine = self.engine if self.engine == "eager" else kept(self.engine)
         return compile(
-            program,
-            executor=executor,
-            batch_size=self.batch_size,
-            dtype=self.dtype,
-            engine=engine,
-            keep_memory=keep_memory,
+            program, executor=executor, batch_size=self.batch_size, dtype=self.dtype, engine=engine, **more
         )
 
-    def checked(self, name: str, program: GateProgram, executor: str) -> Runtime:
+    def checked(self, name: str, program: GateProgram, executor: str, **more: Any) -> Runtime:
         """A program compiled, whose answers are right."""
-        run = self.compile(program, executor)
+        run = self.compile(program, executor, **more)
         self.check(name, map(run, self.work.batches), program)
         return run
 
@@ -91,6 +87,11 @@ class Ways:
         """The gated network at thresholds that give the mix."""
         program = self.work.program(mix)
         self._add(executor, mix, self.checked(executor, program, executor), self.work.cost(program))
+
+    def add_losing(self) -> None:
+        """A program whose gates nobody leaves at, where the runtime switches off those that lose time: all of them."""
+        program = self.work.program(NO_EXIT)
+        self._add(LOSING_OFF, (), self.checked(LOSING_OFF, program, "refill", losing_gates="off"), 1.0)
 
     def add_leaving(self, gate: int) -> None:
         """All images leave at one gate, and no other is on: what the stages up to there take."""

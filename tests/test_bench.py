@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -15,8 +17,8 @@ from torchvision.models import VisionTransformer
 from typer.testing import CliRunner
 
 from dgate_rt import Predictions, Runtime
-from dgate_rt.bench import contest, latency, memory, mixes, overhead, page, peers, streams, suite, targets, ways
-from dgate_rt.bench.cases import TINY, Case, Network, Work, make_case
+from dgate_rt.bench import contest, latency, memory, mixes, overhead, page, peers, record, streams, suite, targets, ways
+from dgate_rt.bench.cases import NETWORKS, TINY, Case, Network, Work, make_case
 from dgate_rt.bench.record import Group, Results, Row, load_rows
 from dgate_rt.bench.workload import NO_EXIT, PAPER_MIXES
 from dgate_rt.cli import app
@@ -79,7 +81,11 @@ def test_overhead_and_gates(case: Case) -> None:
         "dense",
         "dense, chunked",
         *ways.GATED,
+        ways.LOSING_OFF,
     ]
+    made = ways.Ways(case, *EAGER, 4, 8)
+    run = made.compile(made.work.program(NO_EXIT), "refill", losing_gates="off")
+    assert run.thresholds == (math.inf,) * 3
     rows = overhead.measure_gates(case, 4, 1)
     assert [row.way for row in rows] == ["stage 0", "stage 1", "stage 2"]
     assert all(row.values["score and route"] == row.values["score"] + row.values["route"] > 0 for row in rows)
@@ -222,6 +228,19 @@ def test_every_part_has_groups_of_different_names() -> None:
     assert {group.part for group in suite.groups(suite.FULL)} == {*suite.PARTS, "gates"}
 
 
+def test_every_network_runs_at_every_mix(monkeypatch: pytest.MonkeyPatch, case: Case) -> None:
+    monkeypatch.setattr(suite, "case_of", lambda network: case)
+    monkeypatch.setattr(suite, "why_not", lambda engine, dtype: None)
+    monkeypatch.setattr(suite, "too_small", lambda case, batch_size: None)
+    asked: list[object] = []
+    monkeypatch.setattr(mixes, "measure_mixes", lambda *given: asked.append(given[5]) or [])
+    found = suite.groups(suite.FULL, ["mixes"])
+    for group in found:
+        group.measure()
+    assert {name.split(",")[0].split(": ")[1] for name in (g.name for g in found)} == {n.name for n in NETWORKS}
+    assert asked == [(*PAPER_MIXES, NO_EXIT)] * len(found)
+
+
 def row(part: str, way: str, mix: tuple[float, ...], over: dict[str, float], ms: float = 2.0, **values: float) -> Row:
     return Row(part, targets.RESNET, *EAGER, way, 64, mix, Timing(ms, ms, ms, (ms,)), over, values)
 
@@ -303,7 +322,33 @@ def test_results_of_something_else_are_refused(tmp_path: Path, content: str) -> 
         Results(file, "")
 
 
-@pytest.mark.parametrize("what", ["cpu", "kernels"])
+def test_results_name_the_versions_of_what_they_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = {"openvino": "2025.3", "earlyon": "0.3"}
+
+    def version(name: str) -> str:
+        if name not in installed:
+            raise metadata.PackageNotFoundError(name)
+        return installed[name]
+
+    monkeypatch.setattr(record.metadata, "version", version)
+    file = tmp_path / "results.json"
+    Results(file, "").add(Group("mixes", "one", list), ROWS)
+    machine = json.loads(file.read_text())["machine"]
+    assert machine["versions"] == installed
+    assert record.machine_words(machine)[-2:] == ["openvino 2025.3", "earlyon 0.3"]
+    assert "one" in Results(file, "")
+
+
+def test_results_without_versions_are_read_but_not_resumed(tmp_path: Path) -> None:
+    file = Path(__file__).resolve().parent.parent / "bench" / "results" / "cpu-2-cores.json"
+    found, rows = load_rows(file)
+    assert rows
+    assert record.machine_words(found["machine"])[-1] == "system Linux"
+    with pytest.raises(ValueError, match="expected results of this machine in .*, with .*versions .*, got None"):
+        Results(file, "")
+
+
+@pytest.mark.parametrize("what", ["cpu", "kernels", "versions"])
 def test_results_of_another_machine_are_refused(tmp_path: Path, what: str) -> None:
     file = tmp_path / "results.json"
     Results(file, "").add(Group("mixes", "one", list), ROWS)

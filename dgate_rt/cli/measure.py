@@ -52,10 +52,9 @@ def bench(
     """
     from dgate_rt.bench import page as pages
     from dgate_rt.bench import suite
-    from dgate_rt.bench.record import Results
+    from dgate_rt.bench.record import Results, machine_words
     from dgate_rt.bench.targets import verdicts
     from dgate_rt.progress import note, track
-    from dgate_rt.timing import machine_header
 
     scale = suite.QUICK if quick else suite.FULL
     scale = replace(scale, repeats=repeats or scale.repeats)
@@ -75,7 +74,7 @@ def bench(
     if json_:
         emit_json(results.as_json())
         return
-    out.print(" · ".join(f"{key.replace('_', ' ')} {value}" for key, value in machine_header().items() if value))
+    out.print(" · ".join(machine_words(results.as_json()["machine"])))
     for name in dict.fromkeys(row.part for row in rows):
         cells, columns = pages.cells([row for row in rows if row.part == name])
         print_table(table(columns, cells), name)
