@@ -30,8 +30,7 @@ def measure_latency(case: Case, engine: str, dtype: str, calls: int) -> list[Row
     jobs: list[tuple[str, Mix, Callable[[Tensor], object]]] = [(DENSE, (), ways.checked(DENSE, whole(case), "dense"))]
     for mix in (EARLY, NO_EXIT):
         program = ways.work.program(mix)
-        for executor in GATED:
-            jobs.append((executor, mix, ways.checked(executor, program, executor)))
+        jobs += [(executor, mix, ways.checked(executor, program, executor)) for executor in GATED]
         if (engine, dtype) == ("eager", "float32") and not no_earlyon():
             jobs.append((EarlyonBatched.name, mix, EarlyonBatched(ways.work.workload, mix)))
     (x,) = ways.work.batches

@@ -19,7 +19,7 @@ from dgate_rt.timing import interleaved
 
 
 def measure_no_exit(case: Case, engine: str, dtype: str, batch_size: int, images: int, repeats: int) -> list[Row]:
-    """Dense, dense in chunks, every executor with gates on that let nobody go, and `refill` that may switch them off."""
+    """Dense, dense in chunks, executors with gates on that let nobody go, and `refill` that switches such gates off."""
     ways = Ways(case, engine, dtype, batch_size, images)
     ways.add_dense()
     ways.add_chunked()

@@ -65,9 +65,7 @@ class Ways:
     def compile(self, program: GateProgram, executor: str, **more: Any) -> Runtime:
         """`dgate_rt.compile`, whose stages are compiled once for all programs of this process."""
         engine = self.engine if self.engine == "eager" else kept(self.engine)
-        return compile(
-            program, executor=executor, batch_size=self.batch_size, dtype=self.dtype, engine=engine, **more
-        )
+        return compile(program, executor=executor, batch_size=self.batch_size, dtype=self.dtype, engine=engine, **more)
 
     def checked(self, name: str, program: GateProgram, executor: str, **more: Any) -> Runtime:
         """A program compiled, whose answers are right."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -69,7 +68,7 @@ def bench(
         results.add(group, group.measure())
     rows = list(results.rows())
     if page is not None:
-        pages.write_page(page, results.as_json(), rows, os.path.relpath(output, page.parent) if output else "nowhere")
+        pages.write_page(page, results.as_json(), rows, output)
         say(f"wrote {page}")
     if json_:
         emit_json(results.as_json())
