@@ -15,7 +15,7 @@ from dgate_rt.bench.workload import NO_EXIT, PAPER_MIXES
 MIXED = PAPER_MIXES[1]
 RESNET = "CIFAR ResNet-101"
 FASTER = "the faster of dense and dense in chunks"
-FULL = 64
+FULL = 64  # a batch that fills every stage
 BESIDE_FULL_BATCH = f"time a sample as a multiple of B = {FULL}"
 
 
@@ -64,8 +64,10 @@ class Target:
             return row.over.get(baseline)
         kind, _, baseline = self.figure.partition(" added to ")
         if kind == "time":
-            both = row.over.keys() >= {CHUNKED, DENSE}
-            speed_up = (over_dense(row) if both else None) if baseline == FASTER else row.over.get(baseline)
+            if baseline == FASTER:
+                speed_up = over_dense(row) if row.over.keys() >= {CHUNKED, DENSE} else None
+            else:
+                speed_up = row.over.get(baseline)
             return None if speed_up is None else 1 / speed_up - 1
         return row.values.get(self.figure)
 
