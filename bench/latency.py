@@ -9,9 +9,9 @@ import numpy as np
 from torch import Tensor
 
 from dgate_rt.bench.cases import Case
-from dgate_rt.bench.peers import EarlyonBatched
+from dgate_rt.bench.peers import EarlyonBatched, no_earlyon
 from dgate_rt.bench.record import Row
-from dgate_rt.bench.ways import GATED, Ways, whole
+from dgate_rt.bench.ways import DENSE, GATED, Ways, whole
 from dgate_rt.bench.workload import NO_EXIT, Mix
 from dgate_rt.timing import Timing
 
@@ -27,14 +27,11 @@ def measure_latency(case: Case, engine: str, dtype: str, calls: int) -> list[Row
     eagerly in float32, the only way that it has.
     """
     ways = Ways(case, engine, dtype, 1, 1)
-    jobs: list[tuple[str, Mix, Callable[[Tensor], object]]] = [("dense", (), ways.compile(whole(case), "dense"))]
+    jobs: list[tuple[str, Mix, Callable[[Tensor], object]]] = [(DENSE, (), ways.checked(DENSE, whole(case), "dense"))]
     for mix in (EARLY, NO_EXIT):
         program = ways.work.program(mix)
-        for executor in GATED:
-            run = ways.compile(program, executor)
-            ways.check(executor, run, program)
-            jobs.append((executor, mix, run))
-        if engine == "eager" and dtype == "float32":
+        jobs += [(executor, mix, ways.checked(executor, program, executor)) for executor in GATED]
+        if (engine, dtype) == ("eager", "float32") and not no_earlyon():
             jobs.append((EarlyonBatched.name, mix, EarlyonBatched(ways.work.workload, mix)))
     (x,) = ways.work.batches
     spent = _turns([run for *_, run in jobs], x, calls)
@@ -44,12 +41,14 @@ def measure_latency(case: Case, engine: str, dtype: str, calls: int) -> list[Row
     for (name, mix, _), rounds in zip(jobs, spent, strict=True):
         own = np.percentile(rounds, PERCENTILES)
         values = {f"p{p} ms": float(ms) for p, ms in zip(PERCENTILES, own, strict=True)}
-        over = {} if name == "dense" else {"dense": float(dense[0] / own[0])}
+        over = {} if name == DENSE else {DENSE: float(dense[0] / own[0])}
         if (EarlyonBatched.name, mix) in medians:
             values[BESIDE_EARLYON] = float(own[0]) / medians[EarlyonBatched.name, mix]
         rows.append(
             Row("latency", case.network.name, engine, dtype, name, 1, mix, Timing.of(rounds), over, values)
         )  # fmt: skip
+    if (engine, dtype) == ("eager", "float32") and no_earlyon():
+        rows.append(Row("latency", case.network.name, engine, dtype, EarlyonBatched.name, 1, note=no_earlyon()))
     return rows
 
 

@@ -19,12 +19,13 @@ from dgate_rt.timing import interleaved
 
 
 def measure_no_exit(case: Case, engine: str, dtype: str, batch_size: int, images: int, repeats: int) -> list[Row]:
-    """Dense, dense in chunks, and every executor with gates on that let nobody go."""
+    """Dense, dense in chunks, executors with gates on that let nobody go, and `refill` that switches such gates off."""
     ways = Ways(case, engine, dtype, batch_size, images)
     ways.add_dense()
     ways.add_chunked()
     for executor in GATED:
         ways.add_gated(executor, NO_EXIT)
+    ways.add_losing()
     return measure("overhead", [ways], repeats)
 
 

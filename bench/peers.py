@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from dataclasses import replace
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -57,6 +58,11 @@ class NonzeroLoop(MaskedLoop):
     def _survivors(x: Tensor, ids: Tensor, stay: Tensor) -> tuple[Tensor, Tensor]:
         rows = torch.nonzero_static(stay, size=int(stay.sum()))[:, 0]
         return x.index_select(0, rows), ids.index_select(0, rows)
+
+
+def no_earlyon() -> str:
+    """Why `earlyon` is not timed here, or nothing."""
+    return "" if find_spec("earlyon") else 'skipped: earlyon is not installed: pip install "dgate-rt[bench]"'
 
 
 class EarlyonBatched:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,10 @@ from dgate_rt.bench.workload import Mix
 from dgate_rt.timing import Timing, commit, machine_header
 from dgate_rt.writing import finite, whole_file
 
-SAME = ("cpu", "kernels", "bfloat16", "cores", "torch_threads", "freed_memory", "gpu", "torch")
+SAME = ("cpu", "kernels", "bfloat16", "cores", "torch_threads", "freed_memory", "gpu", "torch", "versions")
 """What must agree of the machine where results are resumed."""
+PACKAGES = ("openvino", "onnxruntime", "earlyon")
+"""What is timed beside torch, if it is installed."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ class Results:
     def __init__(self, path: Path | None, command: str) -> None:
         self._path = path
         self._command = command
-        self._found: dict[str, Any] = {"machine": machine_header(), "groups": {}}
+        self._found: dict[str, Any] = {"machine": {**machine_header(), "versions": versions()}, "groups": {}}
         if path is None or not path.exists():
             return
         try:
@@ -96,6 +100,21 @@ class Results:
     def as_json(self) -> dict[str, Any]:
         """What the file holds."""
         return self._found
+
+
+def versions() -> dict[str, str]:
+    """The packages that are timed beside torch and are installed here."""
+    found = {}
+    for name in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+def machine_words(machine: dict[str, Any]) -> list[str]:
+    """The machine header of a file, old or new, as one reads it."""
+    flat = {**machine, **machine.get("versions", {}), "versions": None}
+    return [f"{name.replace('_', ' ')} {value}" for name, value in flat.items() if value]
 
 
 def load_rows(path: Path) -> tuple[dict[str, Any], list[Row]]:

@@ -37,11 +37,12 @@ def measure_streams(
     ways = Ways(case, engine, dtype, CHUNK, images)
     program = ways.work.program(mix)
     runs = {executor: ways.compile(program, executor) for executor in GATED}
-    for executor, run in runs.items():
-        ways.check(executor, run, program)
     streams: dict[str, Stream] = {executor: run.stream for executor, run in runs.items()}
     streams[BOUNDED] = partial(runs["refill"].stream, max_wait=MAX_WAIT)
     x = ways.work.workload.images
+    for way, stream in streams.items():
+        for size in arriving:
+            ways.check(f"{way} in batches of {size}", stream(iter(x.split(size))), program)
     jobs = [
         (way, size, partial(_through, stream, x.split(size))) for size in arriving for way, stream in streams.items()
     ]

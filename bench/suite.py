@@ -102,7 +102,7 @@ def groups(scale: Scale, parts: Sequence[str] = PARTS) -> list[Group]:
 
 def _mixes(scale: Scale) -> Iterator[Group]:
     work = [(RESNET_101, b, scale.images, scale.engines, scale.mixes) for b in scale.batch_sizes]
-    work += [(network, n, n, engines, (MIXED, NO_EXIT)) for network, n, engines in scale.networks]
+    work += [(network, n, n, engines, scale.mixes) for network, n, engines in scale.networks]
     for network, batch_size, images, engines, chosen in work:
         for engine in engines:
             yield _group(

@@ -1,14 +1,15 @@
 """The ways to run a network on the same images: dense, gated by each executor, and what a user could write instead.
 
-Every way is checked against dense execution with post-hoc gating before it is timed. Ways of one network are timed in
-turn, in one process.
+Every way but `earlyon` is checked against dense execution with post-hoc gating before it is timed. Ways of one network
+are timed in turn, in one process.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ from dgate_rt.files import gates_off
 from dgate_rt.staged import Boundary
 from dgate_rt.timing import interleaved
 
-DENSE, CHUNKED = "dense", "dense, chunked"
+DENSE, CHUNKED, LOSING_OFF = "dense", "dense, chunked", "refill, losing gates off"
 GATED = ("eager", "refill")
 
 
@@ -61,32 +62,34 @@ class Ways:
         """Images of a round."""
         return len(self.work.workload.images)
 
-    def compile(self, program: GateProgram, executor: str, keep_memory: bool = True) -> Runtime:
+    def compile(self, program: GateProgram, executor: str, **more: Any) -> Runtime:
         """`dgate_rt.compile`, whose stages are compiled once for all programs of this process."""
         engine = self.engine if self.engine == "eager" else kept(self.engine)
-        return compile(
-            program,
-            executor=executor,
-            batch_size=self.batch_size,
-            dtype=self.dtype,
-            engine=engine,
-            keep_memory=keep_memory,
-        )
+        return compile(program, executor=executor, batch_size=self.batch_size, dtype=self.dtype, engine=engine, **more)
+
+    def checked(self, name: str, program: GateProgram, executor: str, **more: Any) -> Runtime:
+        """A program compiled, whose answers are right."""
+        run = self.compile(program, executor, **more)
+        self.check(name, map(run, self.work.batches), program)
+        return run
 
     def add_dense(self) -> None:
         """The network as one piece, every image through all of it."""
-        self._add(DENSE, (), self.compile(whole(self.case), "dense"), 1.0)
+        self._add(DENSE, (), self.checked(DENSE, whole(self.case), "dense"), 1.0)
 
     def add_chunked(self) -> None:
         """The same network, each stage at the chunk size that suits it: `refill` with every gate off."""
-        self._add(CHUNKED, (), self.compile(self.case.program, "refill"), 1.0)
+        self._add(CHUNKED, (), self.checked(CHUNKED, self.case.program, "refill"), 1.0)
 
     def add_gated(self, executor: str, mix: Mix) -> None:
         """The gated network at thresholds that give the mix."""
         program = self.work.program(mix)
-        run = self.compile(program, executor)
-        self.check(executor, run, program)
-        self._add(executor, mix, run, self.work.cost(program))
+        self._add(executor, mix, self.checked(executor, program, executor), self.work.cost(program))
+
+    def add_losing(self) -> None:
+        """A program whose gates nobody leaves at, where the runtime switches off those that lose time: all of them."""
+        program = self.work.program(NO_EXIT)
+        self._add(LOSING_OFF, (), self.checked(LOSING_OFF, program, "refill", losing_gates="off"), 1.0)
 
     def add_leaving(self, gate: int) -> None:
         """All images leave at one gate, and no other is on: what the stages up to there take."""
@@ -94,26 +97,33 @@ class Ways:
         shares = tuple(float(g == gate) for g in range(len(thresholds) + 1))
         point = replace(self.case.program.point, thresholds=thresholds, shares=shares)
         program = replace(self.case.program, thresholds=thresholds, point=point)
-        self._add(f"refill, all leave at gate {gate + 1}", shares, self.compile(program, "refill"))
+        name = f"refill, all leave at gate {gate + 1}"
+        self._add(name, shares, self.checked(name, program, "refill"))
 
     def add_peer(self, name: str, mix: Mix, make: Callable[[GateProgram], Callable[[Tensor], Predictions]]) -> None:
         """What a user could write instead."""
         program = self.work.program(mix)
         run = make(program)
-        self.check(name, run, program)
+        self.check(name, map(run, self.work.batches), program)
         self._add(name, mix, run, self.work.cost(program))
 
     def add_unchecked(self, name: str, mix: Mix, run: Callable[[Tensor], object]) -> None:
-        """What does not answer sample by sample, so that neither its answers nor its FLOPs are those of the mix."""
+        """The one exception, `earlyon`: its batches leave whole, by a rule of its own, so their answers are not ours.
+
+        Neither are its FLOPs those of the mix.
+        """
         self._add(name, mix, run)
 
-    def check(self, name: str, run: Callable[[Tensor], Predictions], program: GateProgram) -> None:
-        """Refuse wrong answers.
+    def check(self, name: str, answers: Iterable[Predictions], program: GateProgram) -> None:
+        """Refuse wrong answers to the batches; those of a network without gates are those with every gate off.
 
         Raises:
             RuntimeError: if exits, labels and scores are not those of dense execution with post-hoc gating.
         """
-        wrong = self.work.wrong([run(batch) for batch in self.work.batches], program.thresholds)
+        gates_off, answers = self.case.program.thresholds, list(answers)
+        if not program.gates:
+            answers = [replace(a, exits=a.exits + len(gates_off)) for a in answers]
+        wrong = self.work.wrong(answers, program.thresholds or gates_off)
         if wrong:
             raise RuntimeError(f"will not time wrong answers: {name} answers {wrong} of {self.count} differently")
 

@@ -1,25 +1,26 @@
-"""`dgate bench` on a tiny network: every part runs, refuses wrong answers, resumes, judges, and writes its page."""
+"""`dgate bench` on a tiny network: every part runs, refuses wrong answers, and says what it cannot measure here."""
 
 from __future__ import annotations
 
+import functools
 import json
+import math
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torchvision.models import VisionTransformer
-from typer.testing import CliRunner
 
-from dgate_rt.bench import contest, latency, memory, mixes, overhead, page, streams, suite, targets, ways
-from dgate_rt.bench.cases import TINY, Case, Network, make_case
-from dgate_rt.bench.record import Group, Results, Row, load_rows
+from dgate_rt import Predictions, Runtime
+from dgate_rt.bench import contest, latency, memory, mixes, overhead, peers, streams, suite, targets, ways
+from dgate_rt.bench.cases import NETWORKS, TINY, Case, Network, Work, make_case
+from dgate_rt.bench.record import Row
 from dgate_rt.bench.workload import NO_EXIT, PAPER_MIXES
-from dgate_rt.cli import app
 from dgate_rt.engines import ENGINES, precision
 from dgate_rt.gate import Pool
-from dgate_rt.timing import Timing
 
 MIXED = PAPER_MIXES[1]
 EAGER = ("eager", "float32")
@@ -76,7 +77,11 @@ def test_overhead_and_gates(case: Case) -> None:
         "dense",
         "dense, chunked",
         *ways.GATED,
+        ways.LOSING_OFF,
     ]
+    made = ways.Ways(case, *EAGER, 4, 8)
+    run = made.compile(made.work.program(NO_EXIT), "refill", losing_gates="off")
+    assert run.thresholds == (math.inf,) * 3
     rows = overhead.measure_gates(case, 4, 1)
     assert [row.way for row in rows] == ["stage 0", "stage 1", "stage 2"]
     assert all(row.values["score and route"] == row.values["score"] + row.values["route"] > 0 for row in rows)
@@ -107,6 +112,36 @@ def test_streams_of_every_size(case: Case, monkeypatch: pytest.MonkeyPatch) -> N
     assert [row.values[streams.BESIDE_FULL] for row in rows][3:] == [1, 1, 1]
 
 
+@pytest.mark.parametrize("way", memory.WAYS)
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_is_measured_once_answers_are_right(
+    way: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(memory, "RESNET_101", TINY)
+    memory._child(way, 8, "float32")
+    found = json.loads(capsys.readouterr().out)
+    assert found["peak MiB"] >= found["idle MiB"] > 0
+    assert ("arenas MiB" in found) == (way in (ways.CHUNKED, "refill"))
+    monkeypatch.setattr(Work, "wrong", lambda work, answers, thresholds: 3)
+    with pytest.raises(RuntimeError, match=f"will not time wrong answers: {way} answers 3 of 8 differently"):
+        memory._child(way, 8, "float32")
+
+
+def test_memory_is_not_measured_where_the_system_does_not_tell_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "STATUS", Path("/nowhere"))
+    row = memory.measure_memory("refill", 64, "float32")
+    assert (row.ms, row.note) == (None, "skipped: only Linux tells a process's peak memory, in /nowhere")
+
+
+def test_without_earlyon_the_others_are_timed(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "earlyon", None)
+    monkeypatch.setattr(peers, "find_spec", lambda name: None)
+    for rows in (latency.measure_latency(case, *EAGER, 2), contest.measure_contest(case, [EAGER], 4, 8, (MIXED,), 1)):
+        (skipped,) = (row for row in rows if row.way == "earlyon")
+        assert skipped.note == 'skipped: earlyon is not installed: pip install "dgate-rt[bench]"'
+        assert {"dense", "refill"} <= {row.way for row in rows if row.ms}
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_is_that_of_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
@@ -129,22 +164,45 @@ def test_an_engine_that_compiles_once_is_still_that_engine(name: str) -> None:
         assert getattr(kept, what) == getattr(engine, what, False)
 
 
-def test_wrong_answers_are_not_timed(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+WAYS: dict[str, Callable[[ways.Ways], None]] = {
+    "dense": lambda made: made.add_dense(),
+    "dense, chunked": lambda made: made.add_chunked(),
+    "refill": lambda made: made.add_gated("refill", MIXED),
+    "refill, all leave at gate 2": lambda made: made.add_leaving(1),
+    "mine": lambda made: made.add_peer("mine", MIXED, lambda program: made.compile(program, "eager")),
+}
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_right_answers_are_timed(case: Case, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "supports_bfloat16", lambda device: True)  # emulated, it is as right
+    for dtype in ("float32", "bfloat16"):
+        made = ways.Ways(case, "eager", dtype, 4, 8)
+        WAYS[name](made)
+        assert [way.name for way in made.ways] == [name]
+
+
+def wrong(run: Callable[[torch.Tensor], Predictions], x: torch.Tensor) -> Predictions:
+    answers = run(x)
+    answers.labels += 1
+    return answers
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_wrong_answers_are_not_timed(case: Case, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = ways.Ways.compile
+    monkeypatch.setattr(ways.Ways, "compile", lambda *given: functools.partial(wrong, right(*given)))
     made = ways.Ways(case, *EAGER, 4, 8)
-
-    def wrong(program: object) -> object:
-        run = made.compile(program, "eager")  # type: ignore[arg-type]
-
-        def call(x: torch.Tensor) -> object:
-            out = run(x)
-            out.labels += 1
-            return out
-
-        return call
-
-    with pytest.raises(RuntimeError, match="will not time wrong answers: mine answers 8 of 8 differently"):
-        made.add_peer("mine", MIXED, wrong)  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError, match=f"will not time wrong answers: {name} answers 8 of 8 differently"):
+        WAYS[name](made)
     assert made.ways == []
+
+
+def test_wrong_answers_of_a_stream_are_not_timed(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = Runtime.stream
+    monkeypatch.setattr(Runtime, "stream", lambda run, batches, **more: right(run, reversed([*batches]), **more))
+    with pytest.raises(RuntimeError, match="will not time wrong answers: eager in batches of 5 answers"):
+        streams.measure_streams(case, *EAGER, 64, MIXED, 1, arriving=(5,))
 
 
 def test_an_engine_that_is_missing_and_a_machine_too_small_are_said(
@@ -166,95 +224,14 @@ def test_every_part_has_groups_of_different_names() -> None:
     assert {group.part for group in suite.groups(suite.FULL)} == {*suite.PARTS, "gates"}
 
 
-def row(part: str, way: str, mix: tuple[float, ...], over: dict[str, float], ms: float = 2.0, **values: float) -> Row:
-    return Row(part, targets.RESNET, *EAGER, way, 64, mix, Timing(ms, ms, ms, (ms,)), over, values)
-
-
-ROWS = [
-    row("mixes", "dense", (), {}, gflops=5.0),
-    row("mixes", "refill", MIXED, {"dense": 1.95, "dense, chunked": 1.5}, 1.0, **{"time realisation": 0.9}),
-    row("mixes", "refill", NO_EXIT, {"dense": 1.2, "dense, chunked": 0.99}),
-    row("contest", "dense", (), {"best dense": 1.0}),
-    row("contest", "refill", MIXED, {"dense": 1.7, "best dense": 1.7}, 1.0),
-]
-
-
-def test_targets_are_judged_by_the_worst_row() -> None:
-    lines = {line.split(" | ")[0].removeprefix("| "): line for line in targets.verdicts(ROWS)}
-    assert (
-        "| >= 1.9 | holds | 1.95 (eager float32, B 64, .20 .30 .25 .25; 1 rows) |"
-        in lines["refill over dense at B = 64"]
-    )
-    assert "**missed** | 0.9 (" in lines["time realisation"]
-    assert "| <= 0.02 | holds | 0.0101 (" in lines["time added where nobody leaves"]
-    assert "| >= 1.55 | holds | 1.7 (" in lines["the best gated way over the best dense one"]
-    assert "not measured" in lines["gated OpenVINO over dense OpenVINO"]
-
-
-def test_the_page_tells_what_does_not_pay(tmp_path: Path) -> None:
-    results = Results(None, "dgate bench")
-    results.add(Group("mixes", "one", list), ROWS)
-    page.write_page(tmp_path / "performance.md", results.as_json(), list(results.rows()), "results.json")
-    text = (tmp_path / "performance.md").read_text()
-    assert "## Exit mixes" in text
-    assert "| .20 .30 .25 .25 | refill | 1.00 [1.00–1.00] | 1.95× | 1.50× |" in text
-    assert "- `refill`: 0.99× dense, chunked (CIFAR ResNet-101, eager float32, B 64, nobody leaves)" in text
-    assert "<svg" in (tmp_path / "performance" / "contest.svg").read_text()
-
-
-def test_the_docs_are_what_their_command_writes(tmp_path: Path) -> None:
-    root = Path(__file__).resolve().parent.parent
-    written, results = root / "docs" / "performance.md", root / "bench" / "results" / "cpu-2-cores.json"
-    page.write_page(tmp_path / "performance.md", *load_rows(results), "../bench/results/cpu-2-cores.json")
-    assert (tmp_path / "performance.md").read_text() == written.read_text()
-
-
-@pytest.fixture
-def few(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Two groups in place of the suite; what was measured."""
-    measured: list[str] = []
-
-    def group(name: str, rows: list[Row]) -> Group:
-        return Group(rows[0].part, name, lambda: (measured.append(name), rows)[1])
-
-    found = [group("first", ROWS[:3]), group("second", ROWS[3:])]
-    monkeypatch.setattr(suite, "groups", lambda scale, parts: [g for g in found if g.part in parts])
-    return measured
-
-
-def dgate(*arguments: object) -> str:
-    result = CliRunner().invoke(app, ["bench", *map(str, arguments)], catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    return result.output
-
-
-def test_the_command_goes_on_where_it_stopped(few: list[str], tmp_path: Path) -> None:
-    file = tmp_path / "results.json"
-    dgate("-o", file, "-p", "mixes")
-    shown = dgate("-o", file, "--page", tmp_path / "page.md")
-    assert few == ["first", "second"]
-    assert "refill over dense at B = 64" in shown
-    assert list(json.loads(file.read_text())["groups"]) == ["first", "second"]
-    assert "All rows are in\n[results.json](results.json)" in (tmp_path / "page.md").read_text()
-    assert json.loads(dgate("--json"))["groups"]["second"]["rows"][1]["over"]["best dense"] == 1.7
-
-
-@pytest.mark.parametrize("content", ["{}", "not JSON", '{"machine": {}}'])
-def test_results_of_something_else_are_refused(tmp_path: Path, content: str) -> None:
-    file = tmp_path / "results.json"
-    file.write_text(content)
-    with pytest.raises(ValueError, match="output: expected results of dgate bench in"):
-        Results(file, "")
-
-
-@pytest.mark.parametrize("what", ["cpu", "kernels"])
-def test_results_of_another_machine_are_refused(tmp_path: Path, what: str) -> None:
-    file = tmp_path / "results.json"
-    Results(file, "").add(Group("mixes", "one", list), ROWS)
-    found = json.loads(file.read_text())
-    found["machine"][what] = "another"
-    file.write_text(json.dumps(found))
-    with pytest.raises(
-        ValueError, match=f"output: expected results of this machine in .*, with {what} .*, got another; move it away"
-    ):
-        Results(file, "")
+def test_every_network_runs_at_every_mix(monkeypatch: pytest.MonkeyPatch, case: Case) -> None:
+    monkeypatch.setattr(suite, "case_of", lambda network: case)
+    monkeypatch.setattr(suite, "why_not", lambda engine, dtype: None)
+    monkeypatch.setattr(suite, "too_small", lambda case, batch_size: None)
+    asked: list[object] = []
+    monkeypatch.setattr(mixes, "measure_mixes", lambda *given: asked.append(given[5]) or [])
+    found = suite.groups(suite.FULL, ["mixes"])
+    for group in found:
+        group.measure()
+    assert {name.split(",")[0].split(": ")[1] for name in (g.name for g in found)} == {n.name for n in NETWORKS}
+    assert asked == [(*PAPER_MIXES, NO_EXIT)] * len(found)

@@ -244,7 +244,8 @@ def test_openvino_generates_no_code_for_casts_alone(engine, taken, monkeypatch):
     if not taken:
         monkeypatch.setattr(openvino, "_GENERATION", "NO_SUCH_PROPERTY")
     monkeypatch.setattr(precision, "supports_bfloat16", lambda device: True)
-    stages = prepare(network("conv"), engine, sizes=[2, 4], sample_shape=(3, 16, 16), dtype="bfloat16")
+    options = {"sample_shape": (3, 16, 16), "dtype": "bfloat16", "channels_last": True}
+    stages = prepare(network("conv"), engine, sizes=[2, 4], **options)
     with torch.inference_mode():
         assert stages(torch.ones(4, 3, 16, 16, dtype=torch.bfloat16)).isfinite().all()
     compiled = [model for stage in stages.stages for model in stage.run._compiled.values()]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -52,10 +51,9 @@ def bench(
     """
     from dgate_rt.bench import page as pages
     from dgate_rt.bench import suite
-    from dgate_rt.bench.record import Results
+    from dgate_rt.bench.record import Results, machine_words
     from dgate_rt.bench.targets import verdicts
     from dgate_rt.progress import note, track
-    from dgate_rt.timing import machine_header
 
     scale = suite.QUICK if quick else suite.FULL
     scale = replace(scale, repeats=repeats or scale.repeats)
@@ -70,12 +68,12 @@ def bench(
         results.add(group, group.measure())
     rows = list(results.rows())
     if page is not None:
-        pages.write_page(page, results.as_json(), rows, os.path.relpath(output, page.parent) if output else "nowhere")
+        pages.write_page(page, results.as_json(), rows, output)
         say(f"wrote {page}")
     if json_:
         emit_json(results.as_json())
         return
-    out.print(" · ".join(f"{key.replace('_', ' ')} {value}" for key, value in machine_header().items() if value))
+    out.print(" · ".join(machine_words(results.as_json()["machine"])))
     for name in dict.fromkeys(row.part for row in rows):
         cells, columns = pages.cells([row for row in rows if row.part == name])
         print_table(table(columns, cells), name)

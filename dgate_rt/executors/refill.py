@@ -102,8 +102,11 @@ class RefillExecutor:
             lines.append(
                 "what gates take and save was reckoned at other thresholds; compile a program of these to know"
             )
-        held = sum(arena.nbytes for free in self._free for arena in free.arenas) / 2**20
-        return [*lines, f"arenas hold {held:.1f} MiB so far"]
+        return [*lines, f"arenas hold {self.held_bytes() / 2**20:.1f} MiB so far"]
+
+    def held_bytes(self) -> int:
+        """What arenas hold while nothing is under way; they keep it for the next batch."""
+        return sum(arena.nbytes for line in self._free for arena in line.arenas)
 
     def _planned(self, times: StageTimes, shares: Sequence[float]) -> tuple[ChunkPlan, list[Account]]:
         """The chunks where ``shares`` leave at each exit, and what each gate takes and saves with them."""
