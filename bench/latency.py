@@ -35,18 +35,15 @@ def measure_latency(case: Case, engine: str, dtype: str, calls: int) -> list[Row
             jobs.append((EarlyonBatched.name, mix, EarlyonBatched(ways.work.workload, mix)))
     (x,) = ways.work.batches
     spent = _turns([run for *_, run in jobs], x, calls)
-    dense = np.percentile(spent[0], PERCENTILES)
-    medians = {(name, mix): float(np.median(rounds)) for (name, mix, _), rounds in zip(jobs, spent, strict=True)}
+    timings = {(name, mix): Timing.of(rounds) for (name, mix, _), rounds in zip(jobs, spent, strict=True)}
     rows = []
-    for (name, mix, _), rounds in zip(jobs, spent, strict=True):
-        own = np.percentile(rounds, PERCENTILES)
-        values = {f"p{p} ms": float(ms) for p, ms in zip(PERCENTILES, own, strict=True)}
-        over = {} if name == DENSE else {DENSE: float(dense[0] / own[0])}
-        if (EarlyonBatched.name, mix) in medians:
-            values[BESIDE_EARLYON] = float(own[0]) / medians[EarlyonBatched.name, mix]
-        rows.append(
-            Row("latency", case.network.name, engine, dtype, name, 1, mix, Timing.of(rounds), over, values)
-        )  # fmt: skip
+    for (name, mix), timing in timings.items():
+        percentiles = np.percentile(timing.rounds, PERCENTILES)
+        values = {f"p{p} ms": float(ms) for p, ms in zip(PERCENTILES, percentiles, strict=True)}
+        over = {} if name == DENSE else {DENSE: timings[DENSE, ()].ratio(timing)}
+        if (EarlyonBatched.name, mix) in timings:
+            values[BESIDE_EARLYON] = timing.ratio(timings[EarlyonBatched.name, mix])
+        rows.append(Row("latency", case.network.name, engine, dtype, name, 1, mix, timing, over, values))
     if (engine, dtype) == ("eager", "float32") and no_earlyon():
         rows.append(Row("latency", case.network.name, engine, dtype, EarlyonBatched.name, 1, note=no_earlyon()))
     return rows

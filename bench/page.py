@@ -52,7 +52,8 @@ later ones have been taken.""",
 }
 
 _CHECKED = """Before a way is timed its answers are compared with dense execution and post-hoc gating, with every gate
-off for dense ways. The exception is `earlyon`, whose batches leave whole, by a rule of its own."""
+off for dense ways; in the part on memory with a runtime of the same kind. The exceptions are `earlyon`, whose batches
+leave whole, by a rule of its own, and a gate by itself beside its stage."""
 _GATED_CHECKED = """Before a gated way was timed its answers were compared with dense execution and post-hoc gating.
 Ways without gates, memory and `earlyon` were not checked when this was measured."""
 _OLD = "Measured before freed memory was kept: dense batches on eager are slower here than they need be."
@@ -72,10 +73,10 @@ def write_page(path: Path, found: dict[str, Any], rows: Sequence[Row], results: 
         path: of the page; plots go to a folder of its name.
         found: what the JSON file says of machine and command.
         rows: all of them.
-        results: the JSON file, if there is one; what lies beside it with the suffix ".md" is told of missed targets.
+        results: the JSON file, if there is one; a text beside it that ends in ".why.md" is told of missed targets.
     """
     source = "nowhere" if results is None else os.path.relpath(results, path.parent)
-    beside = None if results is None else results.with_suffix(".md")
+    beside = None if results is None else results.with_suffix(".why.md")
     why = beside.read_text(encoding="utf-8").strip() if beside is not None and beside.exists() else ""
     folder = path.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
@@ -90,16 +91,15 @@ def write_page(path: Path, found: dict[str, Any], rows: Sequence[Row], results: 
 
 def _page(found: dict[str, Any], rows: Sequence[Row], source: str, why: str, pictures: dict[str, str]) -> Iterator[str]:
     machine = ", ".join(machine_words(found["machine"]))
-    commands, commits = (
-        sorted({group[of] or "unknown" for group in found["groups"].values()}) for of in ("command", "commit")
-    )
+    commands = sorted({group["command"] for group in found["groups"].values()})
+    commits = sorted({_short(group["commit"]) for group in found["groups"].values()})
     yield "# Performance"
     yield ""
     yield "<!-- Written by `dgate bench --page`; change bench/page.py, not this file. -->"
     yield ""
     if "freed_memory" not in found["machine"]:
         yield from (_OLD, "")
-    yield f"`{'`, `'.join(commands)}`, on {machine}; commit {', '.join(c[:12] for c in commits)}. All rows are in"
+    yield f"`{'`, `'.join(commands)}`, on {machine}; commit {', '.join(commits)}. All rows are in"
     yield f"[{source}]({source}). Times are medians with p20 and p80, speed-ups medians of ratios taken round by round."
     yield "Weights are random and images noise: speed does not depend on them; thresholds give a wanted exit mix."
     yield 'Gates read one mean of a map, `pool="avg"`, or the first token, which other ways can do fast too.'
@@ -117,6 +117,12 @@ def _page(found: dict[str, Any], rows: Sequence[Row], source: str, why: str, pic
             yield from _table(chosen)
     yield from ("", "## Where gating does not pay", "")
     yield from _does_not_pay(rows)
+
+
+def _short(commit: str | None) -> str:
+    """A commit's first digits, and whether there were changes beside it."""
+    digits, dirty, _ = (commit or "unknown").partition("-dirty")
+    return digits[:12] + dirty
 
 
 def cells(rows: Sequence[Row]) -> tuple[list[list[str]], list[str]]:

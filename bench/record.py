@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from dgate_rt.bench.workload import Mix
 from dgate_rt.timing import Timing, commit, machine_header
+from dgate_rt.versions import package_version
 from dgate_rt.writing import finite, whole_file
 
 SAME = ("cpu", "kernels", "bfloat16", "cores", "torch_threads", "freed_memory", "gpu", "torch", "versions")
@@ -104,11 +103,7 @@ class Results:
 
 def versions() -> dict[str, str]:
     """The packages that are timed beside torch and are installed here."""
-    found = {}
-    for name in PACKAGES:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found
+    return {name: version for name in PACKAGES if (version := package_version(name))}
 
 
 def machine_words(machine: dict[str, Any]) -> list[str]:

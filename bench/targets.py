@@ -77,7 +77,7 @@ def over_dense(row: Row) -> float | None:
     return min((row.over[way] for way in (DENSE, CHUNKED) if way in row.over), default=None)
 
 
-_EVERYWHERE = {"part": {"mixes", "sweep", "overhead", "contest"}, "way": "refill"}  # every network and engine
+_EVERYWHERE = {"part": {"mixes", "sweep", "overhead", "contest"}, "way": "refill"}  # wherever it is known
 _AT_64 = {"network": RESNET, "part": "mixes", "way": "refill", "batch_size": 64}
 _CONTEST = {"network": RESNET, "part": "contest", "way": "refill", "mix": MIXED}
 _LATENCY = {"network": RESNET, "part": "latency", "way": "refill"}
@@ -86,7 +86,7 @@ _STREAMS = {"network": RESNET, "part": "streams", "way": "refill"}
 TARGETS = (
     Target("refill over dense at B = 64", {**_AT_64, "mix": MIXED}, f"speed-up over {DENSE}", 1.9),
     Target("the same where nobody leaves", {**_AT_64, "mix": NO_EXIT}, f"speed-up over {DENSE}", 1.15),
-    Target("time realisation at any B", _EVERYWHERE, "time realisation", 0.95),
+    Target("time realisation at any B, on eager", _EVERYWHERE, "time realisation", 0.95),
     Target("realisation over dense at B >= 32", _EVERYWHERE, f"realisation over {DENSE}", 0.97, from_batch_size=32),
     Target(
         "realisation over dense in chunks at B >= 32, float32",
@@ -103,12 +103,12 @@ TARGETS = (
         from_batch_size=32,
     ),
     Target(
-        "the same where gates that lose time are off, any B",
+        "the same where every gate loses time and is off",
         {"part": "overhead", "way": LOSING_OFF},
         f"time added to {FASTER}",
         most=0.01,
     ),
-    Target("time a sample of the largest batch beside one of 64", {"part": "memory"}, BESIDE_FULL_BATCH, most=1.1),
+    Target("time a sample of larger batches beside one of 64", {"part": "memory"}, BESIDE_FULL_BATCH, most=1.1),
     Target("time of a stream of batches of 8 beside one of 64", {**_STREAMS, "batch_size": 8}, BESIDE_FULL, most=1.1),
     Target("gated Inductor over dense Inductor", {**_CONTEST, "engine": "inductor"}, f"speed-up over {DENSE}", 1.65),
     Target("gated OpenVINO over dense OpenVINO", {**_CONTEST, "engine": "openvino"}, f"speed-up over {DENSE}", 1.65),
@@ -129,11 +129,12 @@ def mix_name(mix: Sequence[float]) -> str:
 
 def verdicts(rows: Iterable[Row]) -> Iterator[str]:
     """A table of all targets, in Markdown."""
+    rows = list(rows)
     known = [row for row in rows if not row.note]
     yield "| target | | | the worst |"
     yield "|---|---|---|---|"
     for target in TARGETS:
-        yield target.verdict([*known, *_best_gated(known), *_largest(known)])
+        yield target.verdict([*known, *_best_gated(known), *_larger(rows)])
 
 
 def _best_gated(rows: Sequence[Row]) -> list[Row]:
@@ -144,11 +145,14 @@ def _best_gated(rows: Sequence[Row]) -> list[Row]:
     return [replace(min(timed, key=lambda pair: pair[0])[1], way="best gated")] if timed else []
 
 
-def _largest(rows: Sequence[Row]) -> list[Row]:
-    """The largest batch of the part "memory" through `refill`, with its time beside that of a batch of 64."""
+def _larger(rows: Sequence[Row]) -> list[Row]:
+    """The batches above 64 of the part "memory" through `refill`, with their times beside that of one of 64.
+
+    None where one was left out: a larger one could tell otherwise.
+    """
     found = [row for row in rows if (row.part, row.way) == ("memory", "refill")]
-    ms = {row.batch_size: (row.ms.median, row) for row in found if row.ms}
-    if FULL not in ms or max(ms) == FULL:
+    full = next((row.ms.median for row in found if row.ms and row.batch_size == FULL), None)
+    if full is None or any(row.part == "memory" and row.note for row in rows):
         return []
-    largest, row = ms[max(ms)]
-    return [replace(row, values={BESIDE_FULL_BATCH: largest / ms[FULL][0]})]
+    timed = [(row.ms.median, row) for row in found if row.ms and row.batch_size > FULL]
+    return [replace(row, values={BESIDE_FULL_BATCH: median / full}) for median, row in timed]

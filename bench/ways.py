@@ -1,7 +1,7 @@
 """The ways to run a network on the same images: dense, gated by each executor, and what a user could write instead.
 
-Every way but `earlyon` is checked against dense execution with post-hoc gating before it is timed. Ways of one network
-are timed in turn, in one process.
+Every way here but `earlyon` is checked against dense execution with post-hoc gating before it is timed. Ways of one
+network are timed in turn, in one process.
 """
 
 from __future__ import annotations
@@ -180,6 +180,7 @@ class Kept:
     def __init__(self, engine: StageEngine) -> None:
         self.name, self._engine = name_of(engine), engine
         self.any_size, self.own_threads = (getattr(engine, what, False) for what in ("any_size", "own_threads"))
+        self.packages = getattr(engine, "packages", None)
         self._made: dict[object, Callable[..., Boundary]] = {}
 
     def __call__(self, stage: nn.Module, example: tuple[Tensor, ...], sizes: Sequence[int]) -> Callable[..., Boundary]:

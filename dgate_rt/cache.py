@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,6 +18,7 @@ from platformdirs import user_cache_dir
 VARIABLE = "DGATE_RT_CACHE"
 LIMIT_VARIABLE, LIMIT_GIB = "DGATE_RT_CACHE_GIB", 4.0
 _CHECKSUMS = "checksums.json"
+_DAY_S = 24 * 60 * 60
 
 T = TypeVar("T")
 
@@ -30,13 +32,16 @@ def limit_bytes() -> int:
     """What kept folders of files take at most, by ``DGATE_RT_CACHE_GIB`` in the environment; 0 keeps none.
 
     Raises:
-        ValueError: if that is no number.
+        ValueError: if that is no number, or below 0.
     """
     text = os.environ.get(LIMIT_VARIABLE) or str(LIMIT_GIB)
     try:
-        return int(float(text) * 2**30)
+        limit = int(float(text) * 2**30)
     except (ValueError, OverflowError):
-        raise ValueError(f"{LIMIT_VARIABLE}: expected a number of GiB, got {text!r}") from None
+        limit = -1
+    if limit < 0:
+        raise ValueError(f"{LIMIT_VARIABLE}: expected a number of GiB, at least 0, got {text!r}")
+    return limit
 
 
 def kept_bytes() -> int:
@@ -69,7 +74,7 @@ def kept_files(kind: str, key: str, write: Callable[[Path], None], read: Callabl
 
     All folders of a kind together stay within `limit_bytes`: the least recently used go first. Where the user's folder
     cannot be written, or the disk has less than that to spare, the files are temporary. Files that are not as they were
-    written are written anew. Other users of the machine cannot read them.
+    written are written anew. Other users of the machine cannot read them. With a limit of 0 none are kept or found.
 
     Args:
         kind: of folders that share the limit.
@@ -83,7 +88,7 @@ def kept_files(kind: str, key: str, write: Callable[[Path], None], read: Callabl
     """
     root = cache_dir() / kind
     place = root / key
-    if _unchanged(place):
+    if limit_bytes() and _unchanged(place):
         with suppress(Exception):  # another process may make room meanwhile, and read() raises what its library does
             found = read(place)
             with suppress(OSError):  # somebody else's folder
@@ -95,10 +100,11 @@ def kept_files(kind: str, key: str, write: Callable[[Path], None], read: Callabl
         write(files)
         made = read(files)
         if _bytes(files) <= limit_bytes():
-            with suppress(OSError):  # not the same disk, or another process was first
+            with suppress(OSError):  # not the same disk
                 (files / _CHECKSUMS).write_text(json.dumps(_checksums(files)))
-                shutil.rmtree(place, ignore_errors=True)
-                files.rename(place)
+                if not _unchanged(place):  # else another process was first, and a third may be reading
+                    shutil.rmtree(place, ignore_errors=True)
+                    files.rename(place)
         with suppress(OSError):
             _make_room(root)
     return made, False
@@ -140,11 +146,18 @@ def _sha256(path: Path) -> str:
 
 
 def _make_room(root: Path) -> None:
-    """Delete the least recently used folders that are whole, so that the others stay within the limit."""
-    taken, whole = 0, [path.parent for path in root.glob(f"*/{_CHECKSUMS}")]
-    for folder in sorted(whole, key=_modified, reverse=True):
-        taken += _bytes(folder)
-        if taken > limit_bytes():
+    """Delete the least recently used folders, so that the others stay within the limit.
+
+    Those that are not whole are being written; after a day nobody does that any more.
+    """
+    taken = 0
+    for folder in sorted(root.iterdir(), key=_modified, reverse=True):
+        if (folder / _CHECKSUMS).exists():
+            taken += _bytes(folder)
+            left_over = taken > limit_bytes()
+        else:
+            left_over = time.time() - _modified(folder) > _DAY_S
+        if left_over:
             shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -13,7 +13,8 @@ from torch import nn
 
 from dgate_rt.batches import check_staged, frozen
 from dgate_rt.cost import CostKind, measure_costs
-from dgate_rt.engines import StageEngine
+from dgate_rt.engines import StageEngine, check_engine
+from dgate_rt.engines.precision import check_dtype
 from dgate_rt.errors import UnreachableTargetError
 from dgate_rt.example import distinct_rows
 from dgate_rt.frontier import search_frontier
@@ -99,6 +100,8 @@ def calibrate(
         message = "unless by other samples than those of the loader, the guarantee does not hold"
         warnings.warn(f"confidence: these gates were chosen among others; {message}", stacklevel=2)
     device = check_staged(staged, device)
+    check_engine(engine, device)  # before what takes long
+    check_dtype(dtype, device)
     checked = _check_gates(staged, gates)
     with frozen(staged):
         trace, example = collect_trace(staged, checked, loader, device=device, progress=progress)

@@ -15,7 +15,7 @@ from dgate_rt.executors import EXECUTORS, GatedModel, Setup, prefers_channels_la
 from dgate_rt.executors.capturable import refuse_uncapturable_stages
 from dgate_rt.executors.captured import segments
 from dgate_rt.graphs import graph_driver
-from dgate_rt.plan import entry_sizes, expected_buckets, likely_sizes
+from dgate_rt.plan import entry_sizes, expected_buckets, likely_sizes, refill_sizes
 from dgate_rt.program import GateProgram
 from dgate_rt.runtime import Runtime
 
@@ -61,8 +61,8 @@ def compile(
             says which and why (`Runtime.describe`): on CUDA ``"graph"`` where driver and network allow it.
         engine: what the stages run on: ``"eager"``, ``"inductor"``, ``"openvino"``, ``"onnxruntime"``, a function
             (`dgate_rt.engines.StageEngine`), or ``"auto"``, which measures those that are installed and takes the
-            fastest. ``"lag"`` runs on eager only. What OpenVINO and ONNX Runtime make of a stage is kept in the user's
-            cache directory, weights included (`dgate_rt.cache`).
+            fastest. ``"lag"`` runs on eager only. What OpenVINO and ONNX Runtime convert a stage to is kept in the
+            user's cache directory, weights included (`dgate_rt.cache`).
         dtype: ``"float32"`` or ``"bfloat16"``, for the stages' weights and what passes between them; None leaves them
             as they are. Batches keep the dtype of the program, and gates score in float32.
         scores: also return the ``[N, K]`` distances, or the logits of samples that ran to the end.
@@ -164,7 +164,7 @@ def compile(
         losing_gates=losing_gates,
         simulated=simulated,
         early_answers=early_answers,
-        engine=staged.engine,
+        engine_id=staged.engine_id,
         sizes=tuple(staged.sizes(stage) for stage in range(stages)),
     )
     return Runtime(program, model, EXECUTORS[executor](model, setup), reason, setup, staged, monitor)
@@ -198,7 +198,4 @@ def _sizes(
         return [size for part, size in parts for _ in part.stages]
     if buckets == "auto" and executor != "refill":
         return likely_sizes(batch_size, shares)
-    few = entry_sizes(batch_size, buckets)  # of which refill makes up any number
-    if buckets == "auto" and len(few) > 1 and few[-2] < batch_size // 2:  # about what gates leave of a batch by itself
-        few = (*few[:-1], batch_size // 2, batch_size)
-    return [few] * len(shares)
+    return [refill_sizes(batch_size, buckets)] * len(shares)

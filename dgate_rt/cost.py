@@ -21,7 +21,7 @@ from dgate_rt.engines import StageEngine, prepare
 from dgate_rt.executors.base import prefers_channels_last
 from dgate_rt.flops import count_flops
 from dgate_rt.gate import GRIDS, Gate, Pool
-from dgate_rt.plan import entry_sizes
+from dgate_rt.plan import refill_sizes
 from dgate_rt.stage_times import gate_times, sizes_up_to, stage_times
 from dgate_rt.staged import Boundary, StagedModel
 
@@ -125,11 +125,11 @@ def _times(
         keep_freed_memory()
     channels_last = prefers_channels_last(staged, shape, device)
     ready = prepare(
-        staged, engine, sizes=entry_sizes(len(example), "auto"), sample_shape=shape, input_dtype=example.dtype,
+        staged, engine, sizes=refill_sizes(len(example)), sample_shape=shape, input_dtype=example.dtype,
         dtype=dtype, device=device, channels_last=channels_last, remeasure=remeasure,
     )  # fmt: skip
     sizes = ready.sizes(0) or sizes_up_to(len(example))
-    times = stage_times(ready, shape, ready.input_dtype, device, channels_last, sizes, ready.engine, remeasure)
+    times = stage_times(ready, shape, ready.input_dtype, device, channels_last, sizes, ready.engine_id, remeasure)
     best = [min(zip(ms, sizes, strict=False), key=lambda pair: pair[0] / pair[1]) for ms in times.ms]
     at = [size for _, size in best[:-1]]
     per_gate = gate_times(ready, gates, shape, ready.input_dtype, channels_last, at)

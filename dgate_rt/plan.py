@@ -127,6 +127,17 @@ def entry_sizes(batch_size: int, sizes: Sequence[int] | Literal["auto"] = "auto"
     return (*sorted({size for size in sizes if size < batch_size}), batch_size)
 
 
+def refill_sizes(batch_size: int, sizes: Sequence[int] | Literal["auto"] = "auto") -> tuple[int, ...]:
+    """Of which `refill` makes up any number of samples: as `entry_sizes`, and half of the batch.
+
+    The half is about what gates leave of a batch by itself.
+    """
+    few = entry_sizes(batch_size, sizes)
+    if sizes == "auto" and len(few) > 1 and few[-2] < batch_size // 2:
+        few = (*few[:-1], batch_size // 2, batch_size)
+    return few
+
+
 def likely_sizes(
     batch_size: int,
     shares: Sequence[float],  # [G + 1]; of the samples that leave at each exit

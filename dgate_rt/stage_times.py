@@ -27,7 +27,7 @@ _SAMPLES = 4  # of which the inputs of later stages are made, by repeating them
 _LONG_MS = 1000.0
 _LARGE = 2**29
 """Bytes of a boundary that no cache holds: from there on a sample costs what it costs, and memory runs out."""
-_SCHEMA = 2  # of what is kept: raised where older times would mislead
+_SCHEMA = 3  # of what is kept: raised where older times would mislead
 _MACHINE = ("cpu", "kernels", "bfloat16", "torch_threads", "torch", "freed_memory")  # what times depend on
 
 
@@ -38,14 +38,14 @@ def stage_times(
     device: torch.device,
     channels_last: bool,
     sizes: Sequence[int],  # ascending
-    engine: str = "eager",
+    engine_id: str | None = "eager",
     remeasure: bool = False,
 ) -> StageTimes:
     """`measure_stage_times`, or what it found when it was last asked the same.
 
     Kept in the user's cache directory (`dgate_rt.cache`). The same are backbone, shape, dtype, layout, engine, sizes,
-    threads, machine and version of torch. What cannot be read is measured again, and what a machine was too busy to
-    measure whole is not kept.
+    threads, machine and versions. What cannot be read is measured again, and what a machine was too busy to measure
+    whole is not kept.
 
     Args:
         staged: in eval mode, on ``device``, in the memory format that it will run in.
@@ -54,7 +54,7 @@ def stage_times(
         device: where to run.
         channels_last: whether images come in that memory format.
         sizes: the batch sizes to time.
-        engine: what runs a stage.
+        engine_id: what runs a stage, and its version; None for what is not known again and so measured every time.
         remeasure: whether to measure even so, and to keep that.
     """
     header = machine_header()
@@ -62,16 +62,16 @@ def stage_times(
         "schema": _SCHEMA,
         "backbone": staged.fingerprint(),
         "input": [list(input_shape), str(dtype), "channels_last" if channels_last else "as given"],
-        "engine": engine,
+        "engine": engine_id,
         "sizes": list(sizes),
         "machine": {name: header[name] for name in _MACHINE} | {"device": str(device)},
     }
     name = f"stage-times-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.json"
-    known = None if remeasure else _recalled(name, key)
+    known = None if remeasure or engine_id is None else _recalled(name, key)
     if known is not None:
         return known
     times = measure_stage_times(staged, input_shape, dtype, device, channels_last, sizes)
-    if times.complete:
+    if times.complete and engine_id is not None:
         keep(name, {"key": key, "times": asdict(times)})
     return times
 

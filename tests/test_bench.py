@@ -130,7 +130,10 @@ def test_memory_is_measured_once_answers_are_right(
 def test_memory_is_not_measured_where_the_system_does_not_tell_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "STATUS", Path("/nowhere"))
     row = memory.measure_memory("refill", 64, "float32")
-    assert (row.ms, row.note) == (None, "skipped: only Linux tells a process's peak memory, in /nowhere")
+    assert (row.ms, row.note) == (
+        None,
+        "skipped: only Linux tells a process's peak memory, in /nowhere and /proc/self/clear_refs",
+    )
 
 
 def test_without_earlyon_the_others_are_timed(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,6 +172,7 @@ WAYS: dict[str, Callable[[ways.Ways], None]] = {
     "dense, chunked": lambda made: made.add_chunked(),
     "refill": lambda made: made.add_gated("refill", MIXED),
     "refill, all leave at gate 2": lambda made: made.add_leaving(1),
+    ways.LOSING_OFF: lambda made: made.add_losing(),
     "mine": lambda made: made.add_peer("mine", MIXED, lambda program: made.compile(program, "eager")),
 }
 
@@ -191,7 +195,7 @@ def wrong(run: Callable[[torch.Tensor], Predictions], x: torch.Tensor) -> Predic
 @pytest.mark.parametrize("name", WAYS)
 def test_wrong_answers_are_not_timed(case: Case, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     right = ways.Ways.compile
-    monkeypatch.setattr(ways.Ways, "compile", lambda *given: functools.partial(wrong, right(*given)))
+    monkeypatch.setattr(ways.Ways, "compile", lambda *given, **more: functools.partial(wrong, right(*given, **more)))
     made = ways.Ways(case, *EAGER, 4, 8)
     with pytest.raises(RuntimeError, match=f"will not time wrong answers: {name} answers 8 of 8 differently"):
         WAYS[name](made)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import threading
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -119,14 +120,14 @@ def test_what_is_larger_than_the_limit_is_not_kept_and_none_is_a_limit_too(folde
     assert [kept_files("kind", "large", write_more, read)[1] for _ in range(2)] == [False, False]
     assert [path.name for path in folder.iterdir()] == ["small"]
     monkeypatch.setenv("DGATE_RT_CACHE_GIB", "0")
-    assert (get("new"), get("new")) == (False, False)
+    assert (get("small"), get("new"), get("new")) == (False, False, False)
     assert list(folder.iterdir()) == []
 
 
 def test_a_limit_that_is_no_number_is_named(monkeypatch):
-    for text in ("much", "inf", "nan"):
+    for text in ("much", "inf", "nan", "-1"):
         monkeypatch.setenv("DGATE_RT_CACHE_GIB", text)
-        with pytest.raises(ValueError, match=f"DGATE_RT_CACHE_GIB: expected a number of GiB, got '{text}'"):
+        with pytest.raises(ValueError, match=f"DGATE_RT_CACHE_GIB: expected a number of GiB, at least 0, got '{text}'"):
             get()
 
 
@@ -139,6 +140,26 @@ def test_what_another_process_is_writing_is_left_alone(folder, monkeypatch):
             kept_files("kind", key, write, read)
 
     assert kept_files("kind", "slow", slow, read) == (("graph", 1000), False)
+
+
+def test_what_a_process_left_when_it_was_killed_goes_after_a_day(folder):
+    get()
+    for name, age_h in (("fresh", 1), ("old", 25)):
+        (folder / name).mkdir()
+        (folder / name / "weights").touch()
+        os.utime(folder / name, (time.time() - 3600 * age_h,) * 2)
+    get("other")
+    assert sorted(path.name for path in folder.iterdir()) == ["fresh", "key", "other"]
+
+
+def test_the_first_of_two_that_write_the_same_is_kept(folder):
+    def slow(mine: Path) -> None:
+        write(mine)
+        get()
+        os.utime(folder / "key", (1, 1))
+
+    assert kept_files("kind", "key", slow, read) == (("graph", 1000), False)
+    assert (folder / "key").stat().st_mtime == 1
 
 
 def test_a_folder_of_somebody_else_is_read(folder, monkeypatch):

@@ -115,7 +115,7 @@ def test_costs_count_stages_and_gates(digits):
 
 
 def test_times_are_those_of_what_will_run(digits):
-    staged, x = network("conv"), torch.randn(8, 3, 16, 16)
+    staged, x = network("conv"), torch.randn(64, 3, 16, 16)
     seen = []
 
     def engine(stage, example, sizes):
@@ -125,12 +125,19 @@ def test_times_are_those_of_what_will_run(digits):
     assert any(isinstance(module, nn.BatchNorm2d) for module in staged.modules())
     measure_costs(staged, random_gates(staged, x, 5), x, "time", engine=engine)
     assert not any(isinstance(module, nn.BatchNorm2d) for stage, *_ in seen for module in stage.modules())
-    assert [tuple(rest) for _, *rest in seen] == [(8, (1, 4, 8))] * 2
+    assert [tuple(rest) for _, *rest in seen] == [(64, (1, 4, 16, 32, 64))] * 2  # as refill's
     for given in ({"engine": engine}, {"dtype": "float32"}, {"remeasure": True}):
         with pytest.raises(
             ValueError, match="engine, dtype and remeasure: expected cost='time' with them, got 'flops'"
         ):
             dg.calibrate(*digits, progress=False, **given)
+
+
+def test_an_engine_or_dtype_that_is_not_to_be_had_is_told_before_the_data_are_read(digits):
+    staged, gates, _ = digits
+    for given, match in (({"engine": "fast"}, "engine: expected one of"), ({"dtype": "int8"}, "dtype: expected None")):
+        with pytest.raises(ValueError, match=match):
+            dg.calibrate(staged, gates, None, cost="time", progress=False, **given)
 
 
 def test_time_is_a_cost_too(digits):

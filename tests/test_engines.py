@@ -252,6 +252,20 @@ def test_openvino_generates_no_code_for_casts_alone(engine, taken, monkeypatch):
     assert any(map(openvino._generates_casts_alone, compiled)) != taken
 
 
+@pytest.mark.parametrize("engine", [needs("openvino")])
+@pytest.mark.parametrize("more_at", [(), (2,), (4,)], ids=str)
+def test_code_that_one_size_needs_is_generated_at_all(engine, more_at, monkeypatch):
+    monkeypatch.setattr(precision, "supports_bfloat16", lambda device: True)
+    batch_size = lambda compiled: compiled.inputs[0].shape[0]  # noqa: E731 - short
+    monkeypatch.setattr(openvino, "_generates_casts_alone", lambda compiled: batch_size(compiled) not in more_at)
+    compile_all, options = openvino._compiled, []
+    monkeypatch.setattr(
+        openvino, "_compiled", lambda models, given: options.append(given) or compile_all(models, given)
+    )
+    prepare(network("conv"), engine, sizes=[2, 4], sample_shape=(3, 16, 16), dtype="bfloat16", channels_last=True)
+    assert [openvino._GENERATION in given for given in options] == ([False] * 2 if more_at else [False, True] * 2)
+
+
 _TWO_NETWORKS_END = """
 import os, signal
 import torch

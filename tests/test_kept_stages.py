@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib import metadata
 
 import pytest
 import torch
 from engine_cases import needs, network
 from torch import Tensor, nn
 
-from dgate_rt import StagedModel
+from dgate_rt import StagedModel, versions
 from dgate_rt.cache import cache_dir
-from dgate_rt.engines import prepare
+from dgate_rt.engines import export, prepare
 
 ENGINES = [needs("openvino"), needs("onnxruntime")]
 
@@ -49,7 +50,7 @@ def test_other_weights_layouts_shapes_and_versions_are_not(engine, monkeypatch):
     with torch.no_grad():
         next(staged.stages[1].parameters()).mul_(1.5)
     assert found(staged, engine) == 1
-    monkeypatch.setattr(sys.modules[engine], "__version__", "0.1")
+    monkeypatch.setattr(export, "package_version", lambda name: "0.1" if name == engine else "1")
     assert found(staged, engine) == 0
 
 
@@ -108,8 +109,25 @@ def test_the_next_process_finds_it(engine, dtype):
     assert [run.splitlines()[-1] for run in runs] == ["0", "2"]
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_where_packages_come_under_other_names_it_works(engine, monkeypatch):
-    """onnxruntime-gpu is imported as onnxruntime, say."""
-    monkeypatch.setattr("importlib.metadata.version", lambda name: pytest.fail("asked for a distribution by name"))
+def test_packages_have_versions_whatever_they_are_installed_as(monkeypatch):
+    assert versions.package_version("torch") == metadata.version("torch")
+    assert versions.package_version("no_such_package") is None
+    monkeypatch.setattr(versions, "_distributions", lambda: {"runtime": ["runtime-gpu", "runtime-gpu"]})
+    monkeypatch.setattr(metadata, "version", {"runtime-gpu": "1.2"}.__getitem__)
+    assert versions.package_version("runtime") == "runtime-gpu 1.2"
+
+
+@pytest.mark.parametrize("engine", [needs("openvino")])
+def test_openvino_needs_no_disk(engine, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(export, "kept_files", full)
     assert found(network("conv"), engine) == 0
+
+
+@pytest.mark.parametrize("engine", ["eager", needs("openvino")])
+def test_a_limit_that_is_no_number_is_told_before_an_engine_is_tried(engine, monkeypatch):
+    monkeypatch.setenv("DGATE_RT_CACHE_GIB", "much")
+    with pytest.raises(ValueError, match="DGATE_RT_CACHE_GIB: expected a number of GiB"):
+        prepare(network("conv"), engine, sizes=[4], sample_shape=(3, 16, 16))

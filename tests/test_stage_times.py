@@ -13,6 +13,7 @@ from torch import nn
 from dgate_rt import StagedModel, stage_times
 from dgate_rt.cache import cache_dir as users_cache
 from dgate_rt.chunks import StageTimes, plan_chunks
+from dgate_rt.engines import prepare
 
 CPU = torch.device("cpu")
 
@@ -38,6 +39,44 @@ def measured(staged, shape=(4,), dtype=torch.float32, batch_size=8, **options):
 )
 def test_sizes_are_powers_of_two_and_the_batch_size(batch_size, sizes):
     assert stage_times.sizes_up_to(batch_size) == sizes
+
+
+class Opaque:
+    """An engine that keeps nothing of the stages that it is given, as those outside of torch."""
+
+    packages: tuple[str, ...] = ()
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, stage, example, sizes):
+        def run(*tensors):
+            self.calls += 1
+            return stage(*tensors)
+
+        return run
+
+
+def on_engine(staged, engine):
+    """Whether times were measured, not known, for a network on an engine."""
+    ready = prepare(staged, engine, sizes=[1, 8], sample_shape=(4,))
+    before = engine.calls
+    stage_times.stage_times(ready, (4,), torch.float32, CPU, False, (1, 8), engine_id=ready.engine_id)
+    return engine.calls > before
+
+
+@pytest.mark.usefixtures("cache")
+def test_networks_of_one_shape_are_told_apart_on_every_engine():
+    first, second = staged_of(4, 4, 4), StagedModel([nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.ReLU())]).eval()
+    engine = Opaque()
+    assert [on_engine(staged, engine) for staged in (first, first, second, second)] == [True, False, True, False]
+
+
+@pytest.mark.usefixtures("cache")
+def test_times_of_an_engine_that_does_not_tell_its_packages_are_not_kept():
+    engine = Opaque()
+    engine.packages = None
+    assert [on_engine(staged_of(4, 4), engine) for _ in range(2)] == [True, True]
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
@@ -163,7 +202,7 @@ def test_what_changes_the_times_is_measured_anew(cache, monkeypatch, threads):
     measured(staged, batch_size=9)
     measured(staged, dtype=torch.bfloat16)
     measured(staged, shape=(2, 4))
-    measured(staged, engine="another")
+    measured(staged, engine_id="another")
     stage_times.stage_times(staged, (4,), torch.float32, CPU, True, stage_times.sizes_up_to(8))
     threads(torch.get_num_threads() + 1)
     measured(staged)

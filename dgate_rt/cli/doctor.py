@@ -16,7 +16,7 @@ from importlib import metadata
 import torch
 from torch import nn
 
-from dgate_rt.cache import VARIABLE, cache_dir, kept_bytes
+from dgate_rt.cache import LIMIT_VARIABLE, VARIABLE, cache_dir, kept_bytes, limit_bytes
 from dgate_rt.timing import driver_cuda_version
 
 _GRAPH_DRIVER = (12, 8)
@@ -82,7 +82,8 @@ def _software() -> list[Finding]:
 
     section = "Software"
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU only"
-    kept = f"{cache_dir()}, {kept_bytes() / 2**20:.0f} MiB (change with {VARIABLE})"
+    room = f"{limit_bytes() / 2**30:g} GiB of stages at most, {LIMIT_VARIABLE}"
+    kept = f"{kept_bytes() / 2**20:.0f} MiB in {cache_dir()} (change with {VARIABLE}; {room})"
     return [
         Finding(section, "dgate-rt", None, __version__),
         Finding(section, "python", None, f"{platform.python_version()} on {platform.system()} {platform.machine()}"),

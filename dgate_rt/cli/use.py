@@ -78,7 +78,10 @@ def run(
     remeasure: Remeasure = False,
     losing_gates: Annotated[
         LosingGates,
-        typer.Option("--losing-gates", help="Keep gates that take more time here than they save, or switch them off."),
+        typer.Option(
+            "--losing-gates",
+            help="Keep gates that take more time here than they save, or switch them off, which changes answers.",
+        ),
     ] = LosingGates.keep,
     monitor: Annotated[
         bool, typer.Option("--monitor", help="Tell at the end whether these images drifted from the validation data.")

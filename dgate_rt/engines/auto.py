@@ -9,7 +9,6 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
-from importlib import metadata
 
 import torch
 from torch import Tensor
@@ -19,6 +18,7 @@ from dgate_rt.engines.base import EngineStages
 from dgate_rt.engines.build import ENGINES, build, missing_packages
 from dgate_rt.staged import StagedModel
 from dgate_rt.timing import interleaved, machine_header
+from dgate_rt.versions import package_version
 
 ROUNDS = 5
 AGREEMENT = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
@@ -83,7 +83,7 @@ def _job(stages: EngineStages, example: Tensor) -> Callable[[], Tensor]:
 
 def _key(staged: StagedModel, example: Tensor) -> str:
     """Everything that the choice depends on."""
-    versions = {name: _versions(engine.packages) for name, engine in ENGINES.items()}
+    versions = {name: [*map(package_version, engine.packages)] for name, engine in ENGINES.items()}
     strides, dtype = example.stride(), str(example.dtype)
     known = [
         staged.fingerprint(),
@@ -95,17 +95,6 @@ def _key(staged: StagedModel, example: Tensor) -> str:
         versions,
     ]
     return hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()[:32]
-
-
-def _versions(packages: tuple[str, ...]) -> list[str | None]:
-    return [_version(package) for package in packages]
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _recalled(name: str) -> dict[str, float] | None:

@@ -25,7 +25,8 @@ class StageEngine(Protocol):
 
     If it has a ``name``, that is what it is called; if it has a true ``any_size``, what it returns runs any number of
     rows, and is never given padding. If it has a true ``own_threads``, it does not compute on torch's threads, and
-    torch's operators between the stages leave the cores to it (`dgate_rt.threads`).
+    torch's operators between the stages leave the cores to it (`dgate_rt.threads`). If it has ``packages``, importable
+    names of all that it depends on beside torch, what its stages took is found again in later processes.
     """
 
     def __call__(
@@ -133,12 +134,22 @@ class EngineStages(StagedModel):
 
     Attributes:
         engine: the engine's name.
+        engine_id: its name and the versions that it depends on; None for one of the user's own, which nothing tells
+            from another of its name.
         input_dtype: of the batches that it takes.
     """
 
-    def __init__(self, staged: StagedModel, stages: Sequence[nn.Module], engine: str, input_dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        staged: StagedModel,
+        stages: Sequence[nn.Module],
+        engine: str,
+        engine_id: str | None,
+        input_dtype: torch.dtype,
+    ) -> None:
         super().__init__(stages, staged.cuts, staged.nhwc)
-        self.engine = engine
+        self.engine, self.engine_id = engine, engine_id
+        self._fingerprint = staged.fingerprint()  # an engine may keep nothing that tells networks apart
         self.input_dtype = input_dtype
         self.own_threads = False
         """Whether every stage computes on threads of the engine's own."""
@@ -146,6 +157,10 @@ class EngineStages(StagedModel):
         """Stages that run on eager, because the engine cannot run them, and why."""
         self.report: list[str] = []
         """What preparing it took and why this engine was chosen, a line each."""
+
+    def fingerprint(self) -> str:
+        """Of the network that was put on the engine."""
+        return self._fingerprint
 
     def sizes(self, index: int) -> tuple[int, ...]:
         """The batch sizes that a stage is prepared for, ascending; none if it runs at any."""

@@ -21,6 +21,7 @@ from dgate_rt.errors import ExecutorError
 from dgate_rt.executors.base import row_dense
 from dgate_rt.progress import note
 from dgate_rt.staged import Boundary, StagedModel, as_tuple
+from dgate_rt.versions import package_version
 
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 _NO_OPERATOR = ("No conversion rule found", "No ONNX function found")  # as OpenVINO and the ONNX exporter say it
@@ -77,7 +78,7 @@ def build(
     stages: list[nn.Module] = []
     fallen: dict[int, str] = {}
     if isinstance(engine, EagerEngine):
-        return EngineStages(staged, list(staged.stages), name, example.dtype)
+        return EngineStages(staged, list(staged.stages), name, _id_of(engine), example.dtype)
     start, before = time.perf_counter(), _resident_bytes()
     boundary: Boundary = example
     for index, (stage, wanted) in enumerate(zip(staged.stages, sizes, strict=True)):
@@ -93,7 +94,7 @@ def build(
             fallen[index] = _cause(error)
             prepared, boundary = _prepared(stage, EagerEngine(), given, wanted)
         stages.append(prepared)
-    made = EngineStages(staged, stages, name, example.dtype)
+    made = EngineStages(staged, stages, name, _id_of(engine), example.dtype)
     made.fallen = fallen
     made.own_threads = getattr(engine, "own_threads", False) and not fallen
     runs = [stage.run for stage in stages if isinstance(stage, PreparedStage)]
@@ -101,6 +102,14 @@ def build(
     kept = f", {found} of {len(stages)} stages found on disk" if found else ""
     made.report = [f"prepared in {time.perf_counter() - start:.1f} s{kept}{_growth(before)}"]
     return made
+
+
+def _id_of(engine: StageEngine) -> str | None:
+    """Name and versions, if it tells which packages it depends on."""
+    packages = getattr(engine, "packages", None)
+    if packages is None:
+        return None
+    return " ".join([name_of(engine), *(f"({package_version(package)})" for package in packages)])
 
 
 def _prepared(

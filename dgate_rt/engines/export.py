@@ -8,7 +8,6 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import TypeVar
 
@@ -18,6 +17,7 @@ from torch import Tensor, fx, nn
 from dgate_rt.cache import kept_files
 from dgate_rt.errors import ExecutorError
 from dgate_rt.staged import Boundary, as_tuple, update_digest
+from dgate_rt.versions import package_version
 
 T = TypeVar("T")
 _SCHEMA = 1  # of what is kept: raised where a graph is written in another way
@@ -79,7 +79,7 @@ class Exported:
         Returns:
             What ``read`` returned, and whether the files were found.
         """
-        versions = [f"{name} {import_module(name).__version__}" for name in ("torch", *packages)]
+        versions = [package_version(name) for name in ("torch", *packages)]
         key = hashlib.sha256(f"{_SCHEMA} {versions} {self.digest()}".encode()).hexdigest()[:32]
         return kept_files("stages", f"{packages[0]}-{key}", write, read)
 

@@ -31,7 +31,7 @@ class OpenVinoEngine:
     ``[N, H, W, C]`` is the same memory, but where a residual block begins or ends a stage, OpenVINO copies it several
     times: it fuses the sum into a convolution, and then does not see that no pixel has to move. Nor does it see that a
     cast from bfloat16 to what it computes in is none, once it has generated code for it; so where these casts are all
-    that it would generate code for, it is told not to.
+    that it generates code for, at every size, it is told not to.
     """
 
     name = "openvino"
@@ -41,32 +41,47 @@ class OpenVinoEngine:
     packages = ("openvino",)
 
     def __call__(self, stage: nn.Module, example: tuple[Tensor, ...], sizes: Sequence[int]) -> Run:
-        import openvino as ov
-
         low = any(t.dtype is torch.bfloat16 for t in (*example, *stage.parameters()))
         exported = export(stage, example, widen=low, merged=True)
-        core = _core()
-
-        def write(folder: Path) -> None:
-            ov.save_model(ov.convert_model(exported.program), folder / _FILE, compress_to_fp16=False)
-
-        model, found = exported.converted(self.packages, write, lambda folder: core.read_model(folder / _FILE))
+        model, found = _model(exported)
         options = {
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_PRECISION_HINT": "bf16" if low else "f32",
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         }
-        compiled = {}
-        for size in track(sizes, "sizes compiled"):
+        fixed = {}
+        for size in sizes:
             given = exported.given([t[:size] for t in example])
-            fixed = model.clone()
-            fixed.reshape({port: list(t.shape) for port, t in zip(fixed.inputs, given, strict=True)})
-            compiled[size] = core.compile_model(fixed, "CPU", options)
-            if low and _GENERATION not in options and _generates_casts_alone(compiled[size]):
-                with suppress(RuntimeError):  # where a version does not take it
-                    compiled[size] = core.compile_model(fixed, "CPU", {**options, _GENERATION: "DISABLE"})
-                    options[_GENERATION] = "DISABLE"
+            fixed[size] = model.clone()
+            fixed[size].reshape({port: list(t.shape) for port, t in zip(fixed[size].inputs, given, strict=True)})
+        compiled = _compiled(fixed, options)
+        if low and all(map(_generates_casts_alone, compiled.values())):
+            with suppress(RuntimeError):  # where a version does not take it
+                compiled = _compiled(fixed, {**options, _GENERATION: "DISABLE"})
         return _Requests(exported, compiled, found)
+
+
+def _model(exported: Exported) -> tuple[Any, bool]:
+    """The stage as OpenVINO's model, and whether it was kept from before."""
+    import openvino as ov
+
+    def write(folder: Path) -> None:
+        model = ov.convert_model(exported.program)
+        try:
+            ov.save_model(model, folder / _FILE, compress_to_fp16=False)
+        except RuntimeError as error:
+            raise OSError(str(error)) from error
+
+    try:
+        return exported.converted(OpenVinoEngine.packages, write, lambda folder: _core().read_model(folder / _FILE))
+    except OSError:  # there is no place to write to
+        return ov.convert_model(exported.program), False
+
+
+def _compiled(models: Mapping[int, Any], options: Mapping[str, Any]) -> dict[int, Any]:
+    """By batch size."""
+    sizes = track(models, "sizes compiled")
+    return {size: _core().compile_model(models[size], "CPU", dict(options)) for size in sizes}
 
 
 def _generates_casts_alone(compiled: Any) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dgate_rt.cache import limit_bytes
 from dgate_rt.engines.auto import fastest
 from dgate_rt.engines.base import EngineStages, StageEngine
 from dgate_rt.engines.build import build, check_engine
@@ -44,7 +45,7 @@ def prepare(
         remeasure: whether ``"auto"`` measures again what it measured before.
 
     Raises:
-        ValueError: on an unknown engine or dtype, or a size below one.
+        ValueError: on an unknown engine or dtype, a size below one, or a limit of what is kept that is no number.
         ExecutorError: if the engine is not installed, does not run on the device or in the dtype, or cannot run a
             stage; the message names the stage. Only "auto" falls back, stage by stage, to eager, and says so.
     """
@@ -52,6 +53,7 @@ def prepare(
     chosen = check_sizes(sizes, len(staged.stages))
     found = check_engine(engine, device)
     wanted = check_dtype(dtype, device)
+    limit_bytes()  # a mistake there is none of an engine's
     with torch.inference_mode(False), torch.no_grad():
         copied = deploy(staged, device, channels_last)
         for stage in copied.stages:

@@ -116,7 +116,7 @@ class Setup:
     simulated: bool = False  # on the recording driver instead of CUDA's
     early_answers: bool = False  # whether batches are submitted, see `early.Ticket`
     losing_gates: Literal["keep", "off"] = "keep"  # what happens to gates that take more time than they save
-    engine: str = "eager"  # that runs the stages
+    engine_id: str | None = "eager"  # what runs the stages, and its version
     sizes: tuple[tuple[int, ...], ...] = ()  # [G + 1]; that it prepared each stage for; none where it runs any
 
     def sizes_of(self, stage: int) -> tuple[int, ...]:

@@ -46,7 +46,7 @@ class RefillExecutor:
         if setup.chunks == "auto":
             self.times = stage_times(
                 model.staged, setup.sample_shape, setup.dtype, model.thresholds.device, setup.channels_last,
-                setup.sizes_of(0) or sizes_up_to(setup.batch_size), setup.engine, setup.remeasure,
+                setup.sizes_of(0) or sizes_up_to(setup.batch_size), setup.engine_id, setup.remeasure,
             ).at_all_sizes()  # fmt: skip
             self.plan, self.accounts = self._planned(self.times, setup.shares)
             if setup.losing_gates == "off":
