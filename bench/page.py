@@ -3,7 +3,7 @@
     python -m dgate_rt.bench.page bench/results/cpu-2-cores.json docs/performance.md
 
 writes it again from what was measured, as ``dgate bench --page`` does. Why targets are missed is written by hand, in a
-Markdown file beside the JSON, of its name.
+Markdown file beside the JSON, ``cpu-2-cores.why.md`` here.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def _page(found: dict[str, Any], rows: Sequence[Row], source: str, why: str, pic
     commits = sorted({_short(group["commit"]) for group in found["groups"].values()})
     yield "# Performance"
     yield ""
-    yield "<!-- Written by `dgate bench --page`; change bench/page.py, not this file. -->"
+    yield "<!-- Written by `dgate bench --page`; change bench/page.py or the results' .why.md, not this file. -->"
     yield ""
     if "freed_memory" not in found["machine"]:
         yield from (_OLD, "")

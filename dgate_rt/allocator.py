@@ -2,7 +2,7 @@
 
 glibc gives every block above 32 MB back to the system as soon as it is freed, and the end of its heap too. The next
 block is then made of pages that the kernel has to find and clear, one by one, while the first operator writes to them.
-What that costs is in `docs/executors.md`; it is why whole batches looked slow beside chunks.
+What that costs is in `docs/executors.md`; these fresh pages are why whole batches looked slow beside chunks.
 """
 
 from __future__ import annotations

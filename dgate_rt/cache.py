@@ -99,8 +99,8 @@ def kept_files(kind: str, key: str, write: Callable[[Path], None], read: Callabl
         files.mkdir()
         write(files)
         made = read(files)
-        if _bytes(files) <= limit_bytes():
-            with suppress(OSError):  # not the same disk
+        if scratch.parent == root and _bytes(files) <= limit_bytes():
+            with suppress(OSError):  # what is in its place cannot be removed, say
                 (files / _CHECKSUMS).write_text(json.dumps(_checksums(files)))
                 if not _unchanged(place):  # else another process was first, and a third may be reading
                     shutil.rmtree(place, ignore_errors=True)

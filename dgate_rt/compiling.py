@@ -87,7 +87,7 @@ def compile(
         monitor: count on the device where samples leave and with what scores, and compare that with the validation
             samples when asked (`Runtime.monitor`): whether the data have drifted, without labels.
         keep_memory: on the CPU, let this process keep the memory that it frees, all of it and from now on, since fresh
-            pages cost large batches about what gates save (`dgate_rt.allocator`). False leaves that as it is.
+            pages make large batches slow (`dgate_rt.allocator`). False leaves that as it is.
 
     Raises:
         TypeError: if ``program`` is no program, or ``engine`` neither a name nor a function.

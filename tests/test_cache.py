@@ -101,6 +101,7 @@ def test_a_disk_that_is_nearly_full_is_left_alone(folder, monkeypatch):
     kept_files("kind", "key", lambda folder: (seen.append(folder), write(folder)), read)
     assert folder not in seen[0].parents
     assert not seen[0].exists()
+    assert list(folder.iterdir()) == []
 
 
 def test_the_least_recently_used_make_room(folder, monkeypatch):
