@@ -96,9 +96,8 @@ def measure_stage_times(
     Rounds go over sizes and stages in turn, so that a slow spell of the machine meets all alike. The least time counts:
     with few rounds a median would still hold the warm-up, and whatever else the machine did. A stage is not tried at
     larger sizes once two in a row have not made a sample cheaper, or where what it takes or returns would be above half
-    a GiB. Each size that is tried runs twice, and up to
-    `ROUNDS` times until ``budget_s`` is spent; if that is too early for some sizes, a sample is taken to cost there
-    what it cost at the largest that was tried.
+    a GiB. Each size that is tried runs twice, and up to `ROUNDS` times until ``budget_s`` is spent; if that is too
+    early for some sizes, a sample is taken to cost there what it cost at the largest that was tried.
     """
     end = time.perf_counter() + budget_s
     inputs = _inputs(staged, input_shape, dtype, device, channels_last)
